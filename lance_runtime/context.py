@@ -1,0 +1,233 @@
+"""The segment language: every task is a list of segments, every guidance branch the same list with some left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .positions import apply_mape, text_positions, visual_positions
+from .prompts import ASSISTANT_OPENING, SYSTEM_OPENING, USER_OPENING
+from .tokenizer import IM_END, VIDEO_PAD, VISION_END, VISION_START, LanceTokenizer
+from .types import LatentShape, Modality
+
+
+class Mode(str, Enum):
+    """How the tokens of a split see each other; all of them see everything before their split."""
+
+    CAUSAL = "causal"
+    FULL = "full"
+    FULL_NOISE = "full_noise"
+    NOISE = "noise"
+
+
+class VisionTokens(NamedTuple):
+    """Ids of the tokens around and inside a visual."""
+
+    start: int
+    pad: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One piece of a sequence: text (``ids``), or a visual with its token ``grid`` and its ``values``.
+
+    values: ViT embeddings (grid.tokens, hidden) or normalised clean latents (C, T, H, W); None for a target.
+    """
+
+    mode: Mode
+    modality: Modality
+    ids: tuple[int, ...] = ()
+    grid: LatentShape | None = None
+    values: Tensor | None = None
+
+    @classmethod
+    def text(cls, ids: Sequence[int], modality: Modality = Modality.TEMPLATE) -> Segment:
+        return cls(Mode.CAUSAL, modality, ids=tuple(ids))
+
+    @classmethod
+    def vit(cls, embeddings: Tensor, grid: LatentShape) -> Segment:
+        """ViT tokens (grid.tokens, hidden) of one image or clip; ``grid`` counts merged patches."""
+        if embeddings.shape[0] != grid.tokens:
+            raise ValueError(
+                f"{embeddings.shape[0]} ViT embeddings do not fill a grid of {grid.tokens} tokens {tuple(grid)}.\n"
+                "Pass the merged grid: frames, and rows and columns divided by the merge size of 2."
+            )
+        return cls(Mode.FULL, Modality.VIT, grid=grid, values=embeddings)
+
+    @classmethod
+    def latents(cls, latents: Tensor, modality: Modality) -> Segment:
+        """Clean, normalised latents (C, T, H, W) as an edit source or a subject reference."""
+        if latents.ndim != 4:
+            raise ValueError(f"Latents of a segment have 4 axes (C, T, H, W), not {latents.ndim}.\nPass one sample at a time.")
+        return cls(Mode.FULL_NOISE, modality, grid=LatentShape(*latents.shape[1:]), values=latents)
+
+    @classmethod
+    def target(cls, grid: LatentShape) -> Segment:
+        return cls(Mode.NOISE, Modality.TARGET, grid=grid)
+
+    def __len__(self) -> int:
+        return len(self.ids) if self.grid is None else self.grid.tokens + 2
+
+    def token_ids(self, vision: VisionTokens) -> list[int]:
+        """The ids as laid out in the sequence, placeholders of a visual included."""
+        if self.grid is None:
+            return list(self.ids)
+        return [vision.start, *[vision.pad] * self.grid.tokens, vision.end]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What the model has seen before it draws or answers: an immutable list of segments."""
+
+    segments: tuple[Segment, ...]
+    vision: VisionTokens
+
+    def with_text(self, ids: Sequence[int], modality: Modality = Modality.TEMPLATE) -> Context:
+        return self.extended([Segment.text(ids, modality)])
+
+    def with_visual(self, visual: Segment) -> Context:
+        return self.extended([visual])
+
+    def extended(self, segments: Iterable[Segment]) -> Context:
+        return replace(self, segments=(*self.segments, *segments))
+
+    def without(self, *modalities: Modality) -> Context:
+        """The same list with every segment of these modalities left out (a guidance branch)."""
+        return replace(self, segments=tuple(s for s in self.segments if s.modality not in modalities))
+
+    def with_prompt(self, ids: Sequence[int]) -> Context:
+        """The same list with another prompt in the place of the prompt (a negative prompt)."""
+        segments = (replace(s, ids=tuple(ids)) if s.modality == Modality.PROMPT else s for s in self.segments)
+        return replace(self, segments=tuple(s for s in segments if len(s)))
+
+    @property
+    def visuals(self) -> tuple[Segment, ...]:
+        return tuple(segment for segment in self.segments if segment.grid is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A segment at its place in the sequence, with its rotary positions (3, L)."""
+
+    segment: Segment
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.segment)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The whole sequence, split by split; the views below are what the reference packs."""
+
+    splits: tuple[Split, ...]
+    vision: VisionTokens
+
+    @property
+    def prefix(self) -> tuple[Split, ...]:
+        """The splits before the target (all of them where there is none)."""
+        modes = self.attn_modes
+        return self.splits[: modes.index(Mode.NOISE)] if Mode.NOISE in modes else self.splits
+
+    @property
+    def target(self) -> Split:
+        """The split that is denoised."""
+        return self.splits[self.attn_modes.index(Mode.NOISE)]
+
+    @property
+    def input_ids(self) -> Tensor:
+        return torch.tensor([i for split in self.splits for i in split.segment.token_ids(self.vision)])
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.cat([split.positions for split in self.splits], dim=1)
+
+    @property
+    def modality(self) -> Tensor:
+        return _modality(split.segment for split in self.splits)
+
+    @property
+    def split_lens(self) -> list[int]:
+        return [len(split) for split in self.splits]
+
+    @property
+    def attn_modes(self) -> list[str]:
+        return [split.segment.mode.value for split in self.splits]
+
+
+def layout(context: Context, target: LatentShape | None = None, closing: Sequence[int] = ()) -> Layout:
+    """Lay a context out, with a target to denoise behind it (and MaPE), or without one to answer (and plain rope).
+
+    closing: ids of text behind the target (no token sees it).
+    """
+    segments = list(context.segments)
+    if target is not None:
+        segments.append(Segment.target(target))
+    if closing:
+        segments.append(Segment.text(closing))
+    positions = _rope_index(segments)
+    if target is not None:
+        positions = apply_mape(positions, _modality(segments))
+    parts = positions.split([len(segment) for segment in segments], dim=1)
+    return Layout(tuple(map(Split, segments, parts)), context.vision)
+
+
+def unconditional_layout(context: Context, target: LatentShape, uncond_positions: str, closing: Sequence[int] = ()) -> Layout:
+    """The layout without the prompt.
+
+    "dense" gives every token the positions of the shortened sequence. "cached" (the reference's default path) leaves
+    the prefix where the prompt had put it and shortens the target's positions only: the reference's cache is filled
+    from the conditional sequence.
+    """
+    short = layout(context.without(Modality.PROMPT), target, closing)
+    if uncond_positions == "dense":
+        return short
+    placed = {id(split.segment): split.positions for split in layout(context, target).prefix}
+    splits = (replace(s, positions=placed.get(id(s.segment), s.positions)) for s in short.splits)
+    return replace(short, splits=tuple(splits))
+
+
+def generation_context(tokenizer: LanceTokenizer, system: str, visuals: Sequence[Segment], prompt: str) -> Context:
+    """System sentence, visual conditions, prompt, and the opening of the assistant: what precedes a target."""
+    context = _opened(tokenizer, system).extended(visuals)
+    ids = tokenizer.encode(prompt)
+    if ids:
+        context = context.with_text(ids, Modality.PROMPT)
+    return context.with_text(tokenizer.encode_template(ASSISTANT_OPENING))
+
+
+def question_context(tokenizer: LanceTokenizer, system: str, visuals: Sequence[Segment], question: str) -> Context:
+    """System sentence, visuals and a question that is one causal split with the template behind it."""
+    ids = tokenizer.encode(question) + tokenizer.encode_template(ASSISTANT_OPENING)
+    return _opened(tokenizer, system).extended(visuals).with_text(ids)
+
+
+def closing_ids(tokenizer: LanceTokenizer) -> list[int]:
+    """The end of the assistant's turn."""
+    return [tokenizer.special(IM_END)]
+
+
+def _opened(tokenizer: LanceTokenizer, system: str) -> Context:
+    opening, user = tokenizer.encode_template(SYSTEM_OPENING), tokenizer.encode_template(USER_OPENING)
+    vision = VisionTokens(*(tokenizer.special(token) for token in (VISION_START, VIDEO_PAD, VISION_END)))
+    return Context((Segment.text(opening + tokenizer.encode(system) + user),), vision)
+
+
+def _modality(segments: Iterable[Segment]) -> Tensor:
+    return torch.tensor([segment.modality for segment in segments for _ in range(len(segment))])
+
+
+def _rope_index(segments: Sequence[Segment]) -> Tensor:
+    """Qwen2.5-VL's rope index (3, L): each segment starts one behind the largest position so far."""
+    parts, start = [], 0
+    for segment in segments:
+        part = text_positions(start, len(segment)) if segment.grid is None else visual_positions(start, segment.grid)
+        parts.append(part)
+        start = int(part.max()) + 1
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,86 @@
+"""The decoding loop: one token after another, as a generator of ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kv_cache import KVCache
+from .model.attention import full_attention, sdpa
+from .model.rope import rope_table
+from .model.transformer import Lance, Streams
+from .types import AttentionFunction
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedily at temperature 0, else from the top_p most probable, seeded."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"Temperature {self.temperature} is not a number from 0 up.\nUse 0 for greedy decoding.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is not within (0, 1].\nUse 1 to keep every token.")
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        """logits (V) on the CPU in float32 -> a token id."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probabilities, order = torch.softmax(logits / self.temperature, dim=-1).sort(descending=True)
+        before = probabilities.cumsum(0) - probabilities
+        probabilities[before >= self.top_p] = 0
+        return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def decode(
+    model: Lance,
+    cache: KVCache,
+    last: Tensor,
+    position: int,
+    *,
+    vocabulary: int,
+    stop: int,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    attention: AttentionFunction = sdpa,
+) -> Iterator[int]:
+    """Yield the ids of an answer, without the closing ``stop``.
+
+    cache: the prefilled context, extended in place. last: its last token's final states (1, 1, D). position: rope
+    position of the first new token, the same on all axes. vocabulary: logits from this id on are left out.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} leaves nothing to write.\nUse 1 or more; the default is 256.")
+    sampling = sampling or Sampling()
+    generator = torch.Generator().manual_seed(sampling.seed)
+    cache.reserve(max_new_tokens)
+    for step in range(max_new_tokens):
+        logits = model.logits(last)[0, -1, :vocabulary].float().cpu()
+        token = sampling.choose(logits, generator)
+        if token == stop:
+            return
+        yield token
+        if step + 1 < max_new_tokens:
+            last = next_states(model, cache, token, position + step, attention)
+
+
+def next_states(model: Lance, cache: KVCache, token: int, position: int, attention: AttentionFunction = sdpa) -> Tensor:
+    """Read one token into the cache; returns its final states (1, 1, D)."""
+    dtype, device = cache.layers[0].dtype, cache.layers[0].device
+    rope = rope_table(model.config, torch.full((3, 1), position, device=device), dtype)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return full_attention(q, *cache.append(layer, k, v), attention)
+
+    hidden = model.embed_text(torch.tensor([[token]], device=device), dtype)
+    result = model(Streams(und=hidden), Streams(und=rope), attend).und
+    cache.commit(1)
+    return result

@@ -1,0 +1,155 @@
+"""The denoising loop: a schedule, a velocity, and a generator of steps whose caller owns everything else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .guidance import Guidance
+from .model.attention import full_attention, sdpa
+from .model.rope import Rope
+from .model.transformer import Lance, Streams
+from .prefill import Branch
+from .types import AttentionFunction, LatentShape
+
+# Above this many target tokens, branches run one after another: their activations cost more than a pass over the weights.
+BATCHED_TOKENS = 8192
+
+
+class Step(NamedTuple):
+    """One Euler step done: its index from 0, the sigma arrived at, and the latents (B, C, T, H, W) there."""
+
+    index: int
+    sigma: float
+    latents: Tensor
+
+
+class Given(NamedTuple):
+    """Clean frames inside the target: their indices and normalised latents (B or 1, C, len(frames), H, W)."""
+
+    frames: list[int]
+    latents: Tensor
+
+
+def flow_sigmas(steps: int, shift: float = 3.5) -> Tensor:
+    """The reference's schedule, float32 (steps + 1), from 1 to 0: linear times, shifted towards the noise."""
+    if steps < 1:
+        raise ValueError(f"{steps} steps cannot be taken; the least is 1.\nThe default is 30.")
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"Shift {shift} is not a positive number.\nThe default is 3.5; 1 leaves the schedule linear.")
+    tau = torch.linspace(1, 0, steps + 1)
+    return shift * tau / (1 + (shift - 1) * tau)
+
+
+def check_sigmas(sigmas: Sequence[float]) -> Tensor:
+    """An own schedule as float32; ``ValueError`` unless it falls from at most 1 to at least 0."""
+    values = torch.as_tensor(sigmas, dtype=torch.float32)
+    if values.ndim != 1 or len(values) < 2 or not bool((values[1:] < values[:-1]).all()) or values[0] > 1 or values[-1] < 0:
+        raise ValueError(
+            f"{values.numel()} sigmas {values.flatten()[:4].tolist()}... do not fall strictly within [1, 0].\n"
+            "Pass steps + 1 falling numbers, for example 1.0, 0.9, 0.7, 0.0."
+        )
+    return values
+
+
+def predict_velocity(
+    model: Lance,
+    latents: Tensor,
+    timesteps: Tensor,
+    branches: Sequence[Branch],
+    attention: AttentionFunction = sdpa,
+) -> Tensor:
+    """Velocities (n * B, C, T, H, W) of n branches in one pass over the weights, attending branch by branch.
+
+    latents (n * B, C, T, H, W) and timesteps (n * B, T) hold the branches' samples one branch after another.
+    """
+    batch = latents.shape[0] // len(branches)
+    gen = model.embed_latents(latents, timesteps, branches[0].places)
+    und = torch.cat([branch.boundary.expand(batch, -1, -1) for branch in branches])
+    rope = Streams(*(Rope.stack([b.rope[i] for b in branches], batch) for i in range(2)))
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(branches, q.split(batch), k.split(batch), v.split(batch), strict=True)
+        out = [full_attention(q_, *branch.cache.attached(layer, k_, v_), attention) for branch, q_, k_, v_ in parts]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    hidden = model(Streams(und, gen), rope, attend)
+    return model.velocity(hidden.gen, LatentShape(*latents.shape[2:]))
+
+
+class Branches:
+    """The guidance branches, each prefilled when it is first needed."""
+
+    def __init__(self, cond: Callable[[], Branch], text: Callable[[], Branch], none: Callable[[], Branch]) -> None:
+        self._make = (cond, text, none)
+
+    @cached_property
+    def cond(self) -> Branch:
+        return self._make[0]()
+
+    @cached_property
+    def text(self) -> Branch:
+        """Without the prompt."""
+        return self._make[1]()
+
+    @cached_property
+    def none(self) -> Branch:
+        """Without the prompt and without the visual conditions."""
+        return self._make[2]()
+
+    def at(self, sigma: Tensor, guidance: Guidance) -> list[Branch]:
+        if not guidance.acts_at(sigma):
+            return [self.cond]
+        return [self.cond, self.text, *([self.none] if guidance.needs_visual else [])]
+
+
+def denoise(
+    model: Lance,
+    noise: Tensor,
+    sigmas: Tensor,
+    branches: Branches,
+    guidance: Guidance,
+    *,
+    given: Given | None = None,
+    dtype: torch.dtype = torch.float32,
+    attention: AttentionFunction = sdpa,
+) -> Iterator[Step]:
+    """Integrate from noise (B, C, T, H, W) down the sigmas with Euler steps; latents stay in float32.
+
+    given: frames that are clean from the start: they enter with timestep 0 and are never updated.
+    """
+    latents, moving = noise.float(), torch.ones(noise.shape[2], device=noise.device)
+    if given is not None:
+        latents = latents.clone()
+        latents[:, :, given.frames] = given.latents.to(latents)
+        moving[given.frames] = 0
+    free = None if given is None else moving.nonzero().flatten()
+    for index, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        timesteps = (sigma.to(moving) * moving).expand(noise.shape[0], -1)
+        active = branches.at(sigma, guidance)
+        velocities = _velocities(model, latents, timesteps, active, dtype, attention)
+        velocity = guidance.combine(*velocities, free=free) if len(velocities) > 1 else velocities[0]
+        latents = latents - velocity * (moving.view(1, 1, -1, 1, 1) * (sigma - following).to(moving))
+        yield Step(index, float(following), latents)
+
+
+def _velocities(
+    model: Lance,
+    latents: Tensor,
+    timesteps: Tensor,
+    branches: Sequence[Branch],
+    dtype: torch.dtype,
+    attention: AttentionFunction,
+) -> list[Tensor]:
+    """One float32 velocity a branch: together while their tokens are few, else one after another."""
+    batch, count = latents.shape[0], len(branches)
+    x = latents.to(dtype)
+    if count > 1 and batch * count * x[0, 0].numel() <= BATCHED_TOKENS:
+        repeated = x.repeat(count, 1, 1, 1, 1), timesteps.repeat(count, 1)
+        return list(predict_velocity(model, *repeated, branches, attention).float().split(batch))
+    return [predict_velocity(model, x, timesteps, [branch], attention).float() for branch in branches]

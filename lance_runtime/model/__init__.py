@@ -1,0 +1,1 @@
+"""The network: two experts a layer over one shared sequence."""

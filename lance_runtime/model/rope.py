@@ -1,0 +1,45 @@
+"""Multimodal rotary embedding: each rotary frequency turns with one of the three axes t, h, w."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import LanceConfig
+
+
+class Rope(NamedTuple):
+    """Cosines and sines (B or 1, 1, L, head_dim / 2) of every token's rotary angles."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Turn the pairs (x_i, x_{i + d/2}) of heads (B, H, L, d) by the angles."""
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
+
+    @classmethod
+    def stack(cls, tables: Sequence[Rope], repeats: int) -> Rope:
+        """One table for a batch in which each table's rows come ``repeats`` times in a row."""
+        if len(tables) == 1:
+            return tables[0]
+        return cls(*(torch.cat(parts).repeat_interleave(repeats, dim=0) for parts in zip(*tables, strict=True)))
+
+
+def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """The table of positions (3, L) or (B, 3, L), computed in float32 and then cast.
+
+    The sections of ``mrope_section`` give the first frequencies to time, the next to rows, the last to columns
+    (Qwen2.5-VL, section 2; transformers' ``apply_multimodal_rotary_pos_emb``).
+    """
+    positions = positions if positions.ndim == 3 else positions[None]
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    frequencies = config.rope_theta**-exponent
+    sections = torch.tensor(config.mrope_section, device=positions.device)
+    axis = torch.repeat_interleave(torch.arange(3, device=positions.device), sections)
+    angles = positions.float()[:, axis].transpose(1, 2) * frequencies  # (B, L, head_dim / 2)
+    return Rope(angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype))

@@ -1,0 +1,147 @@
+"""Lance: a Qwen2 decoder with two experts a layer over one shared sequence ("mixture of transformers").
+
+A run of tokens is two tensors, the understanding expert's and the generation expert's, never one packed sequence with
+index lists: attention does not care for their order, and the places are already in the rotary embedding.
+(Reference: modeling/lance/qwen2_navit.py and lance.py.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import LanceConfig
+from ..types import LatentShape
+from .attention import SelfAttention
+from .embeddings import TimestepEmbedder
+from .rope import Rope
+
+UND, GEN = "", "_moe_gen"
+
+# Attention over what one run of tokens may see: layer index, q (B, H, L, d), k, v (B, Hkv, L, d) -> (B, L, H * d).
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Streams(NamedTuple):
+    """The two experts' parts of one run of tokens: hidden states (B, L, D), or their rope tables; None where empty."""
+
+    und: Any = None
+    gen: Any = None
+
+    @property
+    def experts(self) -> list[tuple[str, Any]]:
+        return [(name, part) for name, part in ((UND, self.und), (GEN, self.gen)) if part is not None]
+
+
+class MLP(nn.Module):
+    """Qwen2's gated MLP."""
+
+    def __init__(self, config: LanceConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = operations.Linear(hidden, inner, bias=False, **factory)
+        self.up_proj = operations.Linear(hidden, inner, bias=False, **factory)
+        self.down_proj = operations.Linear(inner, hidden, bias=False, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """One layer: norms and MLP of each expert around the attention that they share."""
+
+    def __init__(self, config: LanceConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, operations, **factory)
+        for expert in (UND, GEN):
+            self.add_module(f"mlp{expert}", MLP(config, operations, **factory))
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                layer_norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
+                self.add_module(f"{norm}{expert}", layer_norm)
+
+    def forward(self, hidden: Streams, rope: Streams, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Streams:
+        projected, lengths = [], []
+        for (expert, x), (_, table) in zip(hidden.experts, rope.experts, strict=True):
+            normed = getattr(self, f"input_layernorm{expert}")(x)
+            projected.append(self.self_attn.project(normed, table, expert))
+            lengths.append(x.shape[1])
+        q, k, v = projected[0] if len(projected) == 1 else (torch.cat(parts, dim=2) for parts in zip(*projected, strict=True))
+        attended = attend(q, k, v).split(lengths, dim=1)
+        done = {expert: self._finish(x, a, expert) for (expert, x), a in zip(hidden.experts, attended, strict=True)}
+        return Streams(done.get(UND), done.get(GEN))
+
+    def _finish(self, hidden: Tensor, attended: Tensor, expert: str) -> Tensor:
+        hidden = hidden + getattr(self.self_attn, f"o_proj{expert}")(attended)
+        return hidden + getattr(self, f"mlp{expert}")(getattr(self, f"post_attention_layernorm{expert}")(hidden))
+
+
+class Decoder(nn.Module):
+    """Embedding table, layers, and a final norm for each expert."""
+
+    def __init__(self, config: LanceConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.layers = nn.ModuleList(DecoderLayer(config, operations, **factory) for _ in range(config.num_hidden_layers))
+        self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
+        self.norm_moe_gen = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
+
+
+class LanguageModel(nn.Module):
+    """The decoder and its head, untied (whatever ``tie_word_embeddings`` says, the checkpoints carry both)."""
+
+    def __init__(self, config: LanceConfig, operations: Any, **factory: Any) -> None:
+        super().__init__()
+        self.model = Decoder(config, operations, **factory)
+        self.lm_head = operations.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
+
+
+class Lance(nn.Module):
+    """The whole network; its module tree is the checkpoint's.
+
+    operations: namespace of ``Linear``, ``Embedding`` and ``RMSNorm`` with torch.nn's signatures.
+    """
+
+    def __init__(
+        self,
+        config: LanceConfig,
+        operations: Any = nn,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"dtype": dtype, "device": device}
+        self.config = config
+        self.language_model = LanguageModel(config, operations, **factory)
+        self.time_embedder = TimestepEmbedder(config.hidden_size, operations, **factory)
+        self.vae2llm = operations.Linear(config.latent_channels, config.hidden_size, bias=True, **factory)
+        self.llm2vae = operations.Linear(config.hidden_size, config.latent_channels, bias=True, **factory)
+
+    def embed_text(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids (B, L) -> (B, L, D)."""
+        return self.language_model.model.embed_tokens(ids).to(dtype)
+
+    def embed_latents(self, latents: Tensor, timesteps: Tensor, places: Tensor) -> Tensor:
+        """latents (B, C, T, H, W), flow times (B, T) and position embeddings (tokens, D) -> (B, tokens, D)."""
+        values = self.vae2llm(latents.flatten(2).transpose(1, 2))
+        times = self.time_embedder(timesteps, latents.dtype)  # (B, T, D)
+        by_frame = values.unflatten(1, (latents.shape[2], -1)) + times[:, :, None]
+        return by_frame.flatten(1, 2) + places
+
+    def forward(self, hidden: Streams, rope: Streams, attend: Attend) -> Streams:
+        """Run one block of tokens through all layers; the result is not yet normed."""
+        for index, layer in enumerate(self.language_model.model.layers):
+            hidden = layer(hidden, rope, lambda q, k, v, index=index: attend(index, q, k, v))
+        return hidden
+
+    def velocity(self, hidden: Tensor, grid: LatentShape) -> Tensor:
+        """Generation expert's final states (B, tokens, D) -> velocity (B, C, T, H, W), from data to noise."""
+        velocity = self.llm2vae(self.language_model.model.norm_moe_gen(hidden))
+        return velocity.transpose(1, 2).unflatten(2, tuple(grid))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Understanding expert's final states (..., D) -> logits (..., vocabulary)."""
+        return self.language_model.lm_head(self.language_model.model.norm(hidden))

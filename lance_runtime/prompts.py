@@ -1,0 +1,52 @@
+"""The fixed sentences that Lance was trained with; the sentences themselves are data (``prompts.json``)."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+from .tokenizer import IM_END, IM_START
+
+GENERATION_TASKS = ("t2i", "t2v", "i2v", "image_edit", "video_edit", "subject_image", "subject_video")
+UNDERSTANDING_TASKS = ("x2t_image", "x2t_video")
+TASKS = GENERATION_TASKS + UNDERSTANDING_TASKS
+VIDEO_TASKS = ("t2v", "i2v", "video_edit", "subject_video", "x2t_video")
+
+# One template for every task: {SYSTEM}, then the user's segments, then the assistant's.
+SYSTEM_OPENING = f"{IM_START}system\n"
+USER_OPENING = f"{IM_END}\n{IM_START}user\n"
+ASSISTANT_OPENING = f"{IM_END}\n{IM_START}assistant\n"
+
+
+@cache
+def _sentences() -> dict:
+    return json.loads(Path(__file__).with_name("prompts.json").read_text("utf-8"))
+
+
+def check_task(task: str) -> None:
+    """``ValueError`` for a name that is none of the nine tasks."""
+    if task not in TASKS:
+        raise ValueError(f"{task!r} is none of the {len(TASKS)} tasks.\nUse one of: {', '.join(TASKS)}.")
+
+
+def system_sentence(task: str, question: str = "") -> str:
+    """The system sentence of a task; for understanding it depends on whether a question is asked.
+
+    The reference draws one of four sentences at random for a caption; we always take the first, so that results
+    repeat. (Reference: data/common.py, generate_system_prompt; the subject sentence always says "image".)
+    """
+    check_task(task)
+    sentences = _sentences()
+    if task.startswith("subject"):
+        return sentences["system"]["subject"].format(modality="image")
+    if task in GENERATION_TASKS:
+        return sentences["system"][task]
+    if question:
+        return sentences["system"][f"{task}_question"]
+    return caption_sentences(task)[0]
+
+
+def caption_sentences(task: str) -> list[str]:
+    """The sentences that ask for a caption of an image (``x2t_image``) or a video (``x2t_video``)."""
+    return [sentence.format(vision_type=task.removeprefix("x2t_")) for sentence in _sentences()["caption"]]
