@@ -102,9 +102,10 @@ class Context:
         return replace(self, segments=tuple(s for s in self.segments if s.modality not in modalities))
 
     def with_prompt(self, ids: Sequence[int]) -> Context:
-        """The same list with another prompt in the place of the prompt (a negative prompt)."""
-        segments = (replace(s, ids=tuple(ids)) if s.modality == Modality.PROMPT else s for s in self.segments)
-        return replace(self, segments=tuple(s for s in segments if len(s)))
+        """The same list with another prompt in the place of the prompt (a negative prompt), before its last template."""
+        bare = self.without(Modality.PROMPT).segments
+        prompt = (Segment.text(ids, Modality.PROMPT),) if ids else ()
+        return replace(self, segments=(*bare[:-1], *prompt, bare[-1]))
 
     @property
     def visuals(self) -> tuple[Segment, ...]:

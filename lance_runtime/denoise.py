@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .context import Context
 from .guidance import Guidance
 from .model.attention import full_attention, sdpa
 from .model.rope import Rope
 from .model.transformer import Lance, Streams
 from .prefill import Branch
-from .types import AttentionFunction, LatentShape
+from .types import AttentionFunction, LatentShape, Modality
 
 # Above this many target tokens, branches run one after another: their activations cost more than a pass over the weights.
 BATCHED_TOKENS = 8192
@@ -54,6 +55,33 @@ def check_sigmas(sigmas: Sequence[float]) -> Tensor:
             f"{values.numel()} sigmas {values.flatten()[:4].tolist()}... do not fall strictly within [1, 0].\n"
             "Pass steps + 1 falling numbers, for example 1.0, 0.9, 0.7, 0.0."
         )
+    return values
+
+
+def draw_noise(context: Context, target: LatentShape, seed: int, channels: int = 48) -> Tensor:
+    """Noise (C, T, H, W) as the reference draws it: on the CPU, in float32, one row a latent token of the sequence.
+
+    Clean latents of the context come first in the draw and their rows are not used, so that the noise of an edit
+    depends on the size of its sources.
+    """
+    before = sum(s.grid.tokens for s in context.visuals if s.modality != Modality.VIT)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(before + target.tokens, channels, generator=generator)[before:]
+    return rows.T.reshape(channels, *target)
+
+
+def check_noise(noise: Any, shape: tuple[int, ...], batch: int) -> Tensor:
+    """Noise of a caller as float32 (B, C, T, H, W); one sample serves a batch of one."""
+    values = torch.as_tensor(noise, dtype=torch.float32)
+    values = values[None] if values.ndim == 4 else values
+    if values.shape != (batch, *shape):
+        raise ValueError(
+            f"Noise of shape {list(values.shape)} was given where {[batch, *shape]} belongs (batch, channels, t, h, w).\n"
+            "Make it for the latent grid: 1/16 of height and width, (frames - 1) // 4 + 1 frames."
+        )
+    broken = int((~values.isfinite()).sum())
+    if broken:
+        raise ValueError(f"{broken} of {values.numel()} noise values are NaN or infinite.\nPass finite noise, or a seed.")
     return values
 
 

@@ -33,6 +33,9 @@ class Modality(IntEnum):
     VIT = 4
 
 
+VISUAL_CONDITIONS = (Modality.EDIT_SOURCE, Modality.SUBJECT, Modality.VIT)
+
+
 class LatentShape(NamedTuple):
     """A grid of latent frames, rows and columns; one cell is one token."""
 

@@ -1,0 +1,172 @@
+"""The command line: ``python -m lance_runtime TASK --model FOLDER ...``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
+from .media import read_image, read_video, write_image, write_video
+from .memory import OFFLOAD_KINDS
+from .pipeline import LancePipeline, Output
+from .preprocess import presets
+from .prompts import TASKS, UNDERSTANDING_TASKS, VIDEO_TASKS
+from .files import VIT_CHOICES
+
+DESCRIPTION = "Draw, edit and understand pictures and clips with ByteDance's Lance."
+EPILOG = """tasks:
+  t2i            a picture from a prompt
+  t2v            a clip from a prompt (the video checkpoint, as for all tasks with a clip)
+  i2v            a clip that begins with --image
+  image_edit     --image changed as the prompt says (several --image: the last gives the size)
+  video_edit     --video changed as the prompt says
+  subject_image  the subjects of one or more --image in a new picture
+  subject_video  the same in a clip
+  x2t_image      an answer to --question about one or more --image (no question: a caption)
+  x2t_video      an answer to --question about --video
+
+examples:
+  python -m lance_runtime t2i --model Lance --prompt "A red fox in the snow, close-up" --output fox.png
+  python -m lance_runtime image_edit --model Lance --image fox.png --prompt "Make it night." --output night.png
+  python -m lance_runtime t2v --model Lance --prompt "A fox runs towards the camera" --frames 49 --output fox.mp4
+  python -m lance_runtime x2t_image --model Lance --image fox.png --question "What animal is it?"
+
+--model is the folder that holds Lance_3B/, Lance_3B_Video/, Qwen2.5-VL-ViT/ and Wan2.2_VAE.pth as on the hub
+(bytedance-research/Lance). Long, literal prompts that name camera and motion work best; 30 steps, shift 3.5 and
+guidance 4 are the model's own settings. Sizes are multiples of 16, frame counts 4k+1, clips play at 12 a second.
+"""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lance_runtime",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=TASKS, metavar="TASK", help="one of the nine tasks below")
+    for add in (_add_model, _add_inputs, _add_drawing, _add_guidance, _add_answer):
+        add(parser)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="where the weights are")
+    group.add_argument("--variant", choices=("image", "video"), help="checkpoint (default: video for tasks with a clip)")
+    group.add_argument("--vit", choices=VIT_CHOICES, default="auto", help="vision tower: the checkpoint's own or the separate one")
+    group.add_argument("--device", help="cpu, cuda, mps, ... (default: the accelerator that torch finds)")
+    group.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on an accelerator, float32 on a CPU")
+    group.add_argument("--offload", choices=OFFLOAD_KINDS, default="none", help="keep parts of the model off the device")
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to do")
+    group.add_argument("--prompt", default="", help="what to draw or change")
+    group.add_argument("--negative-prompt", help="what to keep away from (default: no prompt at all)")
+    group.add_argument("--image", type=Path, action="append", default=[], help="a source or reference; may be repeated")
+    group.add_argument("--video", type=Path, help="a source clip (up to 6 s are used, at 12 frames a second)")
+    group.add_argument("--question", default="", help="for the x2t tasks; without one they describe what they see")
+    group.add_argument("--instruction", help="system sentence of your own instead of the task's")
+    group.add_argument("--output", type=Path, help="file to write (default: TASK.png, TASK.mp4, or the terminal)")
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("drawing")
+    group.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 768, clips 480)")
+    group.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: 768, clips 848)")
+    group.add_argument("--frames", type=int, help="frames of a clip, 4k+1 (default: 49; trained up to 121)")
+    group.add_argument("--resolution", choices=presets(), help="size class of sources (default: image_768res, video_480p)")
+    group.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
+    group.add_argument("--shift", type=float, default=3.5, help="schedule shift (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=42, help="of the noise, or of sampled text (default: %(default)s)")
+
+
+def _add_guidance(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("guidance")
+    group.add_argument("--guidance", type=float, default=4.0, help="scale; 1 turns it off (default: %(default)s)")
+    group.add_argument("--visual-guidance", type=float, default=1.0, help="scale on the sources (default: %(default)s)")
+    group.add_argument("--interval", type=float, nargs=2, default=(0.4, 1.0), metavar=("LOW", "HIGH"), help="sigmas with guidance")
+    group.add_argument("--renorm", choices=RENORM_KINDS, default="global", help="keep the norm of the unguided velocity")
+    group.add_argument("--uncond-positions", choices=UNCOND_POSITIONS, default="cached", help="path of the reference to follow")
+
+
+def _add_answer(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answering")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: %(default)s)")
+    group.add_argument("--top-p", type=float, default=1.0, help="share of probability to sample from (default: %(default)s)")
+
+
+def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's arguments from the command line's."""
+    arguments: dict[str, Any] = {
+        "images": [read_image(path) for path in options.image],
+        "guidance": Guidance(
+            scale=options.guidance,
+            interval=tuple(options.interval),
+            renorm=options.renorm,
+            visual_scale=options.visual_guidance,
+            uncond_positions=options.uncond_positions,
+        ),
+        "num_frames": options.frames,
+    }
+    same = "negative_prompt question instruction height width resolution steps shift seed max_new_tokens temperature top_p"
+    arguments.update({name: getattr(options, name) for name in same.split()})
+    if options.video is not None:
+        arguments["video"], arguments["fps"] = read_video(options.video)
+    return arguments
+
+
+def run(options: argparse.Namespace) -> str:
+    """Do the task and write its file; returns the line to print."""
+    arguments = arguments_of(options)
+    variant = options.variant or ("video" if options.task in VIDEO_TASKS else "image")
+    dtype = DTYPES.get(options.dtype)
+    pipe = LancePipeline.from_pretrained(options.model, variant, options.device, dtype, options.vit, options.offload)
+    with tqdm(desc=options.task, unit="token" if options.task in UNDERSTANDING_TASKS else "step") as bar:
+        out = pipe(options.task, options.prompt, progress=_advance(bar), **arguments)
+    return save(out, options)
+
+
+def save(out: Output, options: argparse.Namespace) -> str:
+    if out.text is not None:
+        if options.output is not None:
+            options.output.write_text(out.text + "\n", "utf-8")
+        return out.text
+    path = options.output or Path(f"{options.task}.{'mp4' if options.task in VIDEO_TASKS else 'png'}")
+    if len(out.frames) > 1:
+        write_video(path, out.frames)
+    else:
+        write_image(path, out.frames[0])
+    return str(path)
+
+
+def _advance(bar: tqdm) -> Callable[[int, int], None]:
+    def advance(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return advance
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on what is wrong."""
+    options = build_parser().parse_args(argv)
+    try:
+        print(run(options))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

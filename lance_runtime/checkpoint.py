@@ -1,0 +1,212 @@
+"""Every file layout -> one canonical state dict, by immutable key rules, read lazily.
+
+The canonical names are the hub's own (``language_model.*``, ``vae2llm.*``, ...), without the position table, which is
+computed, and with the ViT's tensors (``vit_model.*`` in the video checkpoint) apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+HUB = "bytedance-research/Lance on the Hugging Face hub"
+POSITION_TABLE = "latent_pos_embed.pos_embed"
+VIT_PREFIX = "vit_model."
+# Rows of the position table that Lance_3B carries (one latent frame of 64 x 64); the video checkpoint's has more frames.
+IMAGE_TABLE_ROWS = 64 * 64
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """Tensors of one file, each read when it is asked for; ``shapes`` and ``metadata`` need no reading.
+
+    safetensors are memory-mapped; pickles (.pth, .pt) are loaded with ``weights_only`` and memory-mapped too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self.dtypes: dict[str, str] = {}
+        if path.suffix in (".pth", ".pt"):
+            self._open_pickle()
+        else:
+            self._open_safetensors()
+
+    def _open_safetensors(self) -> None:
+        header = _read_header(self.path)
+        self.metadata = header.pop("__metadata__", {})
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        self.dtypes = {name: entry["dtype"] for name, entry in header.items()}
+        self._file = safe_open(str(self.path), framework="pt")
+
+    def _open_pickle(self) -> None:
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise ValueError(
+                f"{self.path.name} ({self.path.stat().st_size} bytes) is no complete pickle of tensors: {_first_line(error)}\n"
+                f"Download it again from {HUB}; pickles with code in them are never loaded."
+            ) from error
+        self._pickled = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        self.shapes = {name: tuple(value.shape) for name, value in self._pickled.items()}
+        self.dtypes = {name: str(value.dtype) for name, value in self._pickled.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._pickled[name] if hasattr(self, "_pickled") else self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """A part of a file's tensors under canonical names; ``names`` maps canonical to stored."""
+
+    def __init__(self, file: TensorFile, names: Mapping[str, str]) -> None:
+        self.file, self.names = file, dict(names)
+        self.shapes = {name: file.shapes[stored] for name, stored in self.names.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class KeyRule(NamedTuple):
+    """Names that start with ``prefix`` get ``replacement`` in its place; None drops them."""
+
+    prefix: str
+    replacement: str | None
+
+
+# Files that ComfyUI saved carry a prefix; the rest is the hub's layout as it is.
+MODEL_RULES = (
+    KeyRule("model.diffusion_model.", ""),
+    KeyRule("diffusion_model.", ""),
+    KeyRule(POSITION_TABLE, None),
+    KeyRule(VIT_PREFIX, None),
+)
+VIT_RULES = (KeyRule(VIT_PREFIX, ""), KeyRule("visual.", ""))
+
+
+def apply_rules(name: str, rules: tuple[KeyRule, ...]) -> str | None:
+    """The canonical name of a stored one, each rule applied once in order; None where it is dropped."""
+    for rule in rules:
+        if name.startswith(rule.prefix):
+            if rule.replacement is None:
+                return None
+            name = rule.replacement + name.removeprefix(rule.prefix)
+    return name
+
+
+def model_tensors(file: TensorFile) -> Renamed:
+    """The decoder's and the glue's tensors of a Lance checkpoint; ``ValueError`` names what any other file is."""
+    check_is_lance(file)
+    names = {apply_rules(stored, MODEL_RULES): stored for stored in file}
+    names.pop(None, None)
+    return Renamed(file, names)
+
+
+def vit_tensors(file: TensorFile) -> Renamed:
+    """The ViT's tensors of a file: the checkpoint's own (``vit_model.*``), or those of a file that is a ViT."""
+    own = [name for name in file if name.startswith(VIT_PREFIX)]
+    stored = own or list(file)
+    names = {apply_rules(name, VIT_RULES): name for name in stored}
+    if "patch_embed.proj.weight" not in names:
+        raise ValueError(
+            f"{file.path.name} is {identify(file)}, not the vision tower of Qwen2.5-VL.\n"
+            f"Use Qwen2.5-VL-ViT/vit.safetensors of {HUB}."
+        )
+    return Renamed(file, names)
+
+
+def has_own_vit(file: TensorFile) -> bool:
+    return any(name.startswith(VIT_PREFIX) for name in file)
+
+
+def guess_variant(file: TensorFile) -> str | None:
+    """"image" or "video" from the position table, the ViT inside, or the file's name; None where nothing tells."""
+    table = file.shapes.get(POSITION_TABLE)
+    if has_own_vit(file) or "video" in f"{file.path.parent.name}/{file.path.name}".lower():
+        return "video"
+    if table is not None and table[0] <= IMAGE_TABLE_ROWS:
+        return "image"
+    return "image" if "lance_3b" in f"{file.path.parent.name}/{file.path.name}".lower() else None
+
+
+def check_is_lance(file: TensorFile) -> None:
+    """``ValueError`` that names what the file is, unless it is a Lance checkpoint of full-precision weights."""
+    what = identify(file)
+    if what != "a Lance checkpoint":
+        raise ValueError(
+            f"{file.path.name} ({len(file)} tensors) is {what}, not a full Lance checkpoint.\n"
+            f"Use Lance_3B/model.safetensors or Lance_3B_Video/model.safetensors of {HUB}."
+        )
+
+
+def identify(file: TensorFile) -> str:
+    """What a file is, in words, from its names, shapes and dtypes."""
+    names = list(file)
+    gen = any("_moe_gen" in name for name in names)
+    if any(name.endswith(".qweight") for name in names):
+        return "an AWQ-INT4 conversion of Lance" if gen else "an AWQ-INT4 conversion"
+    if gen and ("nvfp4" in file.path.name.lower() or any(dtype in ("U8", "F8_E4M3") for dtype in file.dtypes.values())):
+        return "an NVFP4 or other quantised conversion of Lance"
+    if gen and not any("language_model.model." in name for name in names):
+        return "an MLX conversion of Lance (no language_model prefix)"
+    if gen:
+        return "a Lance checkpoint"
+    return _identify_other(file)
+
+
+def _identify_other(file: TensorFile) -> str:
+    if "decoder.conv1.weight" in file and "encoder.conv1.weight" in file:
+        channels = file.shapes["decoder.conv1.weight"][1]
+        return "a Wan 2.2 VAE" if channels == 48 else f"a VAE of {channels} channels (Wan 2.1's has 16)"
+    if any(name.startswith(("visual.", "model.visual.")) for name in file):
+        return "a plain Qwen2.5-VL (no generation expert)"
+    if "patch_embed.proj.weight" in file:
+        return "a vision tower alone"
+    if any(name.endswith("embed_tokens.weight") for name in file):
+        return "a plain language model (no generation expert)"
+    return f"an unknown file (it holds {', '.join(sorted(file)[:3])}, ...)"
+
+
+def _read_header(path: Path) -> dict:
+    """A safetensors header; ``ValueError`` for a file that is shorter than it says, or none at all."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        text = stream.read(length) if 8 + length <= size else b""
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{path.name} ({size} bytes) is no safetensors file, or was cut off within its header of {length} bytes.\n"
+            f"Download it again from {HUB}."
+        ) from error
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ValueError(
+            f"{path.name} has {size} bytes where its header says {expected}: it is truncated or damaged.\n"
+            f"Download it again from {HUB}."
+        )
+    return header
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", maxsplit=1)[0][:160]

@@ -1,0 +1,86 @@
+"""Files -> modules: built on the meta device, each weight read once and assigned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Renamed, TensorFile, model_tensors, vit_tensors
+from .config import LanceConfig, VisionConfig
+from .files import Sources
+from .model.transformer import Lance
+from .model.vision import build_vision, restore_buffers
+from .tokenizer import LanceTokenizer
+from .vae import WanVAE
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """The parts of a model, on one device and in one dtype."""
+
+    model: Lance
+    vision: nn.Module
+    vae: WanVAE
+    tokenizer: LanceTokenizer
+    vision_config: VisionConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.vision, self.model, self.vae.module]
+
+
+def build_lance(config: LanceConfig) -> Lance:
+    """The network on the meta device: no memory, no initialisation."""
+    with torch.device("meta"):
+        model = Lance(config)
+    return model.train(False).requires_grad_(False)
+
+
+def load_components(sources: Sources, dtype: torch.dtype, device: torch.device, weights_on: torch.device) -> Components:
+    """Build and load all parts. weights_on: where the weights are put first (the CPU where they are offloaded)."""
+    model = build_lance(sources.config)
+    assign(model, model_tensors(sources.model), dtype, weights_on)
+    vision = build_vision(sources.vision)
+    assign(vision, vit_tensors(sources.vit or sources.model), dtype, weights_on)
+    restore_buffers(vision, weights_on)
+    vae = WanVAE.from_tensors(TensorFile(sources.vae), dtype=dtype, device=weights_on)
+    return Components(model, vision, vae, sources.tokenizer, sources.vision, device, dtype)
+
+
+def assign(module: nn.Module, tensors: Renamed | Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Put tensors into a module on the meta device, one at a time, cast on the way; ``ValueError`` unless all fit.
+
+    At most the module and one tensor are in memory. On the CPU, tensors that need no cast stay mapped to the file.
+    """
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    check_names(expected, getattr(tensors, "shapes", None) or {name: tuple(t.shape) for name, t in tensors.items()})
+    for name in expected:
+        owner, _, leaf = name.rpartition(".")
+        tensor = tensors[name].to(device=device, dtype=dtype)
+        module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def check_names(expected: Mapping[str, Iterable[int]], found: Mapping[str, Iterable[int]]) -> None:
+    """Strict: no tensor may be missing, unknown or of another shape."""
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        raise ValueError(
+            f"{len(missing)} tensors are missing ({_some(missing)}) and {len(unknown)} unknown ({_some(unknown)}) "
+            f"of {len(expected)} expected.\nThe file does not belong to this model, or is incomplete: download it again."
+        )
+    wrong = [name for name, shape in expected.items() if tuple(found[name]) != tuple(shape)]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{len(wrong)} tensors have another shape; {name} is {tuple(found[name])} where {tuple(expected[name])} belongs.\n"
+            "The configuration and the weights are of different models: use the llm_config.json that came with the file."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"

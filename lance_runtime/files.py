@@ -1,0 +1,128 @@
+"""Where the parts of a model lie: the hub's tree, or single files that carry their own configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from .checkpoint import HUB, TensorFile, guess_variant, has_own_vit, identify
+from .config import LanceConfig, VisionConfig
+from .tokenizer import LanceTokenizer
+
+VARIANT_FOLDERS = {"image": "Lance_3B", "video": "Lance_3B_Video"}
+MODEL_NAMES = ("model.safetensors", "ema.safetensors")
+VIT_FOLDER, VIT_NAME = "Qwen2.5-VL-ViT", "vit.safetensors"
+VAE_NAMES = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "wan2.2_vae.safetensors")
+VIT_CHOICES = ("auto", "checkpoint", "standalone")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The opened files of one model; ``vit`` is None where the checkpoint's own vision tower is to be used."""
+
+    model: TensorFile
+    vit: TensorFile | None
+    vae: Path
+    config: LanceConfig
+    vision: VisionConfig
+    tokenizer: LanceTokenizer
+
+
+def find_sources(path: Path, variant: str, vit: str = "auto") -> Sources:
+    """Find and open everything that a variant needs, under a folder or beside a single file.
+
+    vit: "auto" takes the checkpoint's own vision tower where it has one, as the reference does; "checkpoint" and
+    "standalone" insist. ``FileNotFoundError`` says which file, where it was looked for and where to get it.
+    """
+    _check_choices(path, variant, vit)
+    model = TensorFile(_find_model(path, variant))
+    home = path if path.is_dir() else path.parent
+    tower = None if _uses_own_vit(model, vit) else TensorFile(_find_vit(home))
+    config_file = home / VIT_FOLDER / "config.json"
+    return Sources(
+        model=model,
+        vit=tower,
+        vae=_find_vae(home),
+        config=read_config(model),
+        vision=read_vision_config(tower, config_file),
+        tokenizer=read_tokenizer(model),
+    )
+
+
+def read_config(file: TensorFile) -> LanceConfig:
+    """From the header's ``llm_config_json``, from ``llm_config.json`` beside the file, or from the tensors' shapes."""
+    beside = file.path.with_name("llm_config.json")
+    if "llm_config_json" in file.metadata:
+        return LanceConfig.from_json(json.loads(file.metadata["llm_config_json"]))
+    if beside.is_file():
+        return LanceConfig.from_json(json.loads(beside.read_text("utf-8")))
+    return LanceConfig.from_shapes(file.shapes)
+
+
+def read_vision_config(file: TensorFile | None, config_file: Path) -> VisionConfig:
+    """From the ViT header's ``config``, from ``config.json``, or the 3B model's."""
+    if file is not None and "config" in file.metadata:
+        return VisionConfig.from_json(json.loads(file.metadata["config"]))
+    beside = config_file if file is None else file.path.with_name("config.json")
+    return VisionConfig.from_json(json.loads(beside.read_text("utf-8"))) if beside.is_file() else VisionConfig()
+
+
+def read_tokenizer(file: TensorFile) -> LanceTokenizer:
+    """From the header's metadata, or from the files beside the checkpoint."""
+    return LanceTokenizer.from_metadata(file.metadata) or LanceTokenizer.from_folder(file.path.parent)
+
+
+def _check_choices(path: Path, variant: str, vit: str) -> None:
+    if variant not in VARIANT_FOLDERS:
+        raise ValueError(f"Variant {variant!r} is none of {', '.join(VARIANT_FOLDERS)}.\nUse one of them.")
+    if vit not in VIT_CHOICES:
+        raise ValueError(f"vit {vit!r} is none of {', '.join(VIT_CHOICES)}.\nUse one of them.")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.\nGive the folder that holds {VARIANT_FOLDERS[variant]}/ ({HUB}).")
+
+
+def _uses_own_vit(model: TensorFile, vit: str) -> bool:
+    own = has_own_vit(model)
+    if vit == "checkpoint" and not own:
+        raise ValueError(
+            f"{model.path.name} holds 0 tensors of a vision tower of its own (vit='checkpoint').\n"
+            "Use vit='standalone': only the video checkpoint carries one."
+        )
+    return own if vit == "auto" else vit == "checkpoint"
+
+
+def _find_model(path: Path, variant: str) -> Path:
+    if path.is_file():
+        return path
+    fixed = [path / VARIANT_FOLDERS[variant] / name for name in MODEL_NAMES]
+    single = (p for p in _single_files(path, "a Lance checkpoint") if guess_variant(TensorFile(p)) == variant)
+    return _first(fixed, single) or _missing(f"The {variant} checkpoint", fixed, path)
+
+
+def _find_vit(home: Path) -> Path:
+    fixed = [folder / VIT_FOLDER / VIT_NAME for folder in (home, home.parent)]
+    return _first(fixed, _single_files(home, "a vision tower alone")) or _missing("The vision tower", fixed[:1], home)
+
+
+def _find_vae(home: Path) -> Path:
+    fixed = [folder / name for folder in (home, home.parent) for name in VAE_NAMES]
+    found = _first(fixed, _single_files(home, "a Wan 2.2 VAE"))
+    return found or _missing("The Wan 2.2 VAE", fixed[: len(VAE_NAMES)], home)
+
+
+def _first(fixed: list[Path], single: Iterator[Path]) -> Path | None:
+    """The first of the fixed places that exists, else the first single file."""
+    return next((path for path in fixed if path.is_file()), None) or next(single, None)
+
+
+def _single_files(folder: Path, what: str) -> Iterator[Path]:
+    """The single files of a folder that hold what is looked for (headers alone are read)."""
+    return (path for path in sorted(folder.glob("*.safetensors")) if identify(TensorFile(path)) == what)
+
+
+def _missing(what: str, tried: list[Path], folder: Path) -> NoReturn:
+    names = ", ".join(str(path.relative_to(folder)) for path in tried)
+    raise FileNotFoundError(f"{what} was not found in {folder}: neither {names} nor a single file.\nGet it from {HUB}.")

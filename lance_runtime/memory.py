@@ -1,0 +1,50 @@
+"""Offloading outside ComfyUI: accelerate moves the weights, we say when (ComfyUI has its own machinery)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .components import Components
+
+OFFLOAD_KINDS = ("none", "model", "layer")
+
+
+def check_offload(kind: str) -> None:
+    if kind not in OFFLOAD_KINDS:
+        raise ValueError(f"offload {kind!r} is none of {', '.join(OFFLOAD_KINDS)}.\nUse one of them.")
+
+
+def add_offloading(components: Components, kind: str) -> None:
+    """"model": one of ViT, network and VAE at a time on the device. "layer": weights pass through it layer by layer."""
+    check_offload(kind)
+    if kind == "none":
+        return
+    from accelerate import cpu_offload, cpu_offload_with_hook
+
+    previous = None
+    for module in components.modules:
+        if kind == "layer":
+            cpu_offload(module, execution_device=components.device)
+        else:
+            _, previous = cpu_offload_with_hook(module, components.device, prev_module_hook=previous)
+
+
+def bring(module: nn.Module) -> None:
+    """Onto the device, before methods other than ``forward`` are called (accelerate's hooks see ``forward`` alone)."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch found, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    if accelerator is not None and torch.accelerator.is_available():
+        return torch.device(accelerator)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on an accelerator; float32 on a CPU, where it is the faster and repeats the reference's numbers."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16

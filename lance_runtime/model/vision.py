@@ -1,0 +1,145 @@
+"""Qwen2.5-VL's vision tower as transformers has it, with an attention that never builds an L x L mask."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import VisionConfig
+from ..types import AttentionFunction
+from .attention import sdpa
+
+ROPE_THETA = 10000.0
+
+
+def build_vision(
+    config: VisionConfig,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "meta",
+    attention: AttentionFunction = sdpa,
+) -> nn.Module:
+    """transformers' ``Qwen2_5_VisionTransformerPretrainedModel``, frozen and without weights.
+
+    It is built on the meta device, so nothing is initialised; on any other ``device`` its memory is then allocated but
+    not filled. Load with ``load_state_dict(tensors, strict=True, assign=True)`` (keys without a prefix, as in
+    ``Qwen2.5-VL-ViT/vit.safetensors``). ``attention`` gets q, k and v (B, heads, L, head_dim) and no mask.
+    """
+    # Here and not above: transformers takes seconds to import, and text-only tasks do without it.
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    # The released config asks for flash_attention_2, which most machines lack.
+    settings = Qwen2_5_VLVisionConfig(**_settings(config), attn_implementation="sdpa")
+    with torch.device("meta"):
+        vision = Qwen2_5_VisionTransformerPretrainedModel(settings)
+    for block in vision.blocks:
+        block.attn = SegmentAttention(block.attn.qkv, block.attn.proj, config.num_heads, attention)
+    vision = vision.to(dtype).train(False).requires_grad_(False)
+    if torch.device(device).type != "meta":
+        restore_buffers(vision.to_empty(device=device), device)
+    return vision
+
+
+def _settings(config: VisionConfig) -> dict[str, Any]:
+    return {
+        "depth": config.depth,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_heads": config.num_heads,
+        "out_hidden_size": config.out_hidden_size,
+        "patch_size": config.patch_size,
+        "spatial_merge_size": config.spatial_merge_size,
+        "temporal_patch_size": config.temporal_patch_size,
+        "window_size": config.window_size,
+        "tokens_per_second": config.tokens_per_second,
+        "fullatt_block_indexes": list(config.fullatt_block_indexes),
+    }
+
+
+def restore_buffers(vision: nn.Module, device: torch.device | str) -> nn.Module:
+    """Makes the rotary frequencies, which no file holds, anew on ``device``, in float32 whatever the module's dtype."""
+    # A quarter of the head dimension each for rows and columns.
+    half = vision.config.hidden_size // vision.config.num_heads // 2
+    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
+    for name in dict(vision.rotary_pos_emb.named_buffers()):
+        vision.rotary_pos_emb.register_buffer(name, frequencies.to(device, copy=True), persistent=False)
+    return vision
+
+
+def encode_vision(vision: nn.Module, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Patches (N, 1176) of one picture or clip -> merged tokens (N / 4, hidden), in the module's dtype.
+
+    ``patches`` and ``grid`` (t, h, w, in patches) come from ``preprocess.vit_patches``, on the device where the module
+    runs. ``ValueError`` where they do not fit each other.
+    """
+    merge, (frames, height, width) = vision.config.spatial_merge_size, grid
+    if frames * height * width != len(patches) or height % merge or width % merge:
+        raise ValueError(
+            f"{len(patches)} patches do not fill a grid of {frames} x {height} x {width} in blocks of {merge} x {merge}.\n"
+            "Pass patches and grid as preprocess.vit_patches returned them."
+        )
+    buffer = vision.rotary_pos_emb.inv_freq
+    # A cast of the whole module takes the buffer along, and bfloat16 counts no further than 256.
+    if buffer.dtype != torch.float32 or buffer.device != patches.device:
+        restore_buffers(vision, patches.device)
+    result = vision(patches, grid_thw=torch.tensor([grid], device=patches.device))
+    # transformers 4 returns the merged tokens themselves, 5 an object that also holds the unmerged.
+    return result if isinstance(result, Tensor) else result.pooler_output
+
+
+class SegmentAttention(nn.Module):
+    """Stands in for the ``attn`` of a transformers vision block, with the same weights under the same names.
+
+    Tokens attend within their segment (a window or a frame). transformers 4 masks a full L x L attention for that (33 GB
+    for a 10 s clip), 5 runs the segments one by one; here all segments of one length are one batch.
+    """
+
+    def __init__(self, qkv: nn.Module, proj: nn.Module, num_heads: int, attention: AttentionFunction = sdpa) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.num_heads, self.attention = qkv, proj, num_heads, attention
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        rotary_pos_emb: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """(L, hidden) -> (L, hidden). ``cu_seqlens`` (S + 1) are the borders of S segments, ``position_embeddings`` the
+        cosines and sines (L, head_dim); the other arguments are what one transformers release or another also passes."""
+        if position_embeddings is None:
+            raise ValueError("the vision block passed no position_embeddings.\nUse transformers 4.50.3 or later.")
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        q, k = _rotate(q, *position_embeddings), _rotate(k, *position_embeddings)
+        return self.proj(_attend(q, k, v, cu_seqlens.tolist(), self.attention).flatten(1))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (L, heads, head_dim) by cos and sin (L, head_dim), computed in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos.float().unsqueeze(1) + turned * sin.float().unsqueeze(1)).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, borders: list[int], attention: AttentionFunction) -> Tensor:
+    """Attention within segments; q, k and v (L, heads, head_dim) -> (L, heads, head_dim)."""
+    starts: dict[int, list[int]] = {}
+    for start, end in pairwise(borders):
+        starts.setdefault(end - start, []).append(start)
+    if len(starts) == 1:
+        return _attend_equal(q, k, v, next(iter(starts)), attention)
+    out = torch.empty_like(v)
+    for length, group in starts.items():
+        rows = (torch.tensor(group).unsqueeze(1) + torch.arange(length)).flatten().to(q.device)
+        out[rows] = _attend_equal(q[rows], k[rows], v[rows], length, attention)
+    return out
+
+
+def _attend_equal(q: Tensor, k: Tensor, v: Tensor, length: int, attention: AttentionFunction) -> Tensor:
+    """Segments of one length, end to end: a batch of them (S, heads, length, head_dim) in one call."""
+    q, k, v = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (q, k, v))
+    return attention(q, k, v).transpose(1, 2).flatten(0, 1)

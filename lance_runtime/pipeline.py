@@ -1,0 +1,236 @@
+"""Lance in a bare Python: files in, pictures or words out. Composition only, no mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .components import Components, load_components
+from .context import (
+    Context,
+    Layout,
+    Segment,
+    closing_ids,
+    generation_context,
+    layout,
+    question_context,
+    unconditional_layout,
+)
+from .decode import Sampling, decode
+from .denoise import Branches, Given, Step, check_noise, check_sigmas, denoise, draw_noise, flow_sigmas
+from .files import find_sources
+from .memory import add_offloading, bring, check_offload, default_device, default_dtype
+from .prefill import Branch, branch, prefill
+from .prompts import system_sentence
+from .request import Request
+from .tokenizer import IM_END
+from .types import VISUAL_CONDITIONS, LatentShape, Modality
+from .visuals import encode_given, source_segments
+
+# What the reference lays out as the answer that is to be generated; it is never prefilled.
+PLACEHOLDER_ANSWER = "x"
+Progress = Callable[[int, int], None]
+
+
+class Token(NamedTuple):
+    """One more token of an answer, and the text so far."""
+
+    id: int
+    text: str
+
+
+@dataclass(eq=False)
+class Output:
+    """What a call made: latents (48, t, h, w), normalised, with frames uint8 (T, H, W, 3); or text and its ids.
+
+    With ``batch`` above 1, latents and frames have the batch as first axis.
+    """
+
+    latents: Tensor | None = None
+    text: str | None = None
+    token_ids: list[int] | None = None
+    decode_latents: Callable[[Tensor], Tensor] | None = None
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """Decoded when first asked for; ``ValueError`` for an answer, which has none."""
+        if self.latents is None or self.decode_latents is None:
+            raise ValueError("An answer has 0 frames.\nRead out.text; use a generation task to make pictures.")
+        return self.decode_latents(self.latents).cpu().numpy()
+
+
+class LancePipeline:
+    """All nine tasks over one set of weights."""
+
+    def __init__(self, components: Components) -> None:
+        self.components = components
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        variant: str = "image",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        vit: str = "auto",
+        offload: str = "none",
+    ) -> LancePipeline:
+        """Load a tree as on the hub (or a single file that carries its configuration, with ViT and VAE beside it).
+
+        variant: "image" (t2i, image_edit, subject_image, x2t_image) or "video" (the other tasks). device, dtype: by
+        default the accelerator in bfloat16, or the CPU in float32. vit: the vision tower, "checkpoint" (the file's own),
+        "standalone" (the separate one) or "auto" (its own where it has one, as the reference). offload: "none", "model"
+        (one part at a time on the device) or "layer". Raises ``FileNotFoundError`` and ``ValueError`` that name the file.
+        """
+        check_offload(offload)
+        target = torch.device(device) if device is not None else default_device()
+        weights_on = target if offload == "none" else torch.device("cpu")
+        sources = find_sources(Path(folder), variant, vit)
+        components = load_components(sources, dtype or default_dtype(target), target, weights_on)
+        add_offloading(components, offload)
+        return cls(components)
+
+    def __call__(self, task: str, prompt: str = "", *, progress: Progress | None = None, **arguments: Any) -> Output:
+        """Run a task to its end.
+
+        images: PIL images or uint8 HWC. video: uint8 (T, H, W, 3) at ``fps``. instruction: own system sentence.
+        height, width, num_frames: size of the target where no source decides it. resolution: preset of the sources.
+        steps, shift, or sigmas: the schedule. guidance: see ``Guidance``. negative_prompt: in place of no prompt.
+        given_frames: {latent frame: image or 4 frames}, counted from the end where negative. context: a ready-made one.
+        batch: samples at once, with the seeds ``seed``, ``seed + 1``, ... noise: (48, t, h, w) instead of the seed.
+        question, max_new_tokens, temperature, top_p: for the tasks that answer. progress: called with (done, total).
+        Wrong calls raise ``ValueError``: first line what is wrong with both numbers, second line what to do.
+        """
+        request = self.request(task, prompt, **arguments)
+        total = request.max_new_tokens if request.understands else len(self.sigmas(request)) - 1
+        ids, last = [], None
+        for done, last in enumerate(self._run(request), 1):
+            ids.append(last.id if isinstance(last, Token) else done)
+            if progress is not None:
+                progress(done, total)
+        if request.understands:
+            return Output(text=last.text if last else "", token_ids=ids)
+        return Output(latents=last.latents, decode_latents=self._decode)
+
+    def stream(self, task: str, prompt: str = "", **arguments: Any) -> Iterator[Step | Token]:
+        """The same arguments; yields ``Step`` (index, sigma, latents) or ``Token`` (id, text so far) as they are made."""
+        yield from self._run(self.request(task, prompt, **arguments))
+
+    def request(self, task: str, prompt: str = "", **arguments: Any) -> Request:
+        """The arguments of a call, checked and completed; what the methods below take."""
+        return Request(task, prompt, **arguments).checked()
+
+    @torch.no_grad()
+    def layout(self, task: str, prompt: str = "", **arguments: Any) -> Layout:
+        """The sequence of a call as the reference lays it out, without running the network."""
+        request = self.request(task, prompt, **arguments)
+        tokenizer = self.components.tokenizer
+        context = self.context(request)
+        if not request.understands:
+            return layout(context, request.target(), closing_ids(tokenizer))
+        answer = [*context.segments[-1].ids, *tokenizer.encode(PLACEHOLDER_ANSWER), *closing_ids(tokenizer)]
+        return layout(Context((*context.segments[:-1], Segment.text(answer)), context.vision))
+
+    @torch.no_grad()
+    def _run(self, request: Request) -> Iterator[Step | Token]:
+        yield from self._answer(request) if request.understands else self._generate(request)
+
+    def _generate(self, request: Request) -> Iterator[Step]:
+        parts, target = self.components, request.target()
+        sigmas, given = self.sigmas(request), self.given(request, target)
+        context = self.context(request)
+        noise = self.noise(request, context, target)
+        bring(parts.model)
+        steps = denoise(
+            parts.model, noise, sigmas, self.branches(request, context, target), request.guidance, given=given, dtype=parts.dtype
+        )
+        for step in steps:
+            yield step if request.batch > 1 else step._replace(latents=step.latents[0])
+
+    def _answer(self, request: Request) -> Iterator[Token]:
+        parts, context = self.components, self.context(request)
+        sampling = Sampling(request.temperature, request.top_p, request.seed)
+        sequence = layout(context)
+        bring(parts.model)
+        cache, states = prefill(parts.model, sequence, dtype=parts.dtype, device=parts.device)
+        ids: list[int] = []
+        tokens = decode(
+            parts.model,
+            cache,
+            states[:, -1:],
+            int(sequence.positions.max()) + 1,
+            vocabulary=len(parts.tokenizer),
+            stop=parts.tokenizer.special(IM_END),
+            max_new_tokens=request.max_new_tokens,
+            sampling=sampling,
+        )
+        for token in tokens:
+            ids.append(token)
+            yield Token(token, parts.tokenizer.decode(ids))
+
+    def context(self, request: Request) -> Context:
+        if request.context is not None:
+            return request.context
+        tokenizer, visuals = self.components.tokenizer, list(self._visuals(request))
+        system = request.instruction or system_sentence(request.task, request.question)
+        if request.understands:
+            return question_context(tokenizer, system, visuals, request.question)
+        return generation_context(tokenizer, system, visuals, request.prompt)
+
+    def _visuals(self, request: Request) -> Iterator[Segment]:
+        """Segments of every source, in order; i2v's image is a given frame and no segment."""
+        if request.task == "i2v":
+            return
+        role = None if request.understands else Modality.EDIT_SOURCE
+        role = Modality.SUBJECT if request.task.startswith("subject") else role
+        for frames in [request.video] if request.video is not None else request.images:
+            yield from source_segments(self.components, frames, request.preset, role)
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.components.vae.decode(latents)
+
+    def given(self, request: Request, target: LatentShape) -> Given | None:
+        """Clean latents of the given frames; i2v's image is the first."""
+        pictures = dict(request.given_frames or {})
+        if request.task == "i2v" and request.images:
+            pictures.setdefault(0, request.images[0])
+        if not pictures:
+            return None
+        return encode_given(pictures, target, self.components.vae.encode)
+
+    def branches(self, request: Request, context: Context, target: LatentShape) -> Branches:
+        def made(sequence: Callable[[], Layout]) -> Callable[[], Branch]:
+            parts = self.components
+            return lambda: branch(parts.model, sequence(), dtype=parts.dtype, device=parts.device)
+
+        bare = context.without(Modality.PROMPT, *VISUAL_CONDITIONS)
+        return Branches(
+            cond=made(lambda: layout(context, target)),
+            text=made(lambda: self._without_prompt(request, context, target)),
+            none=made(lambda: layout(bare, target)),
+        )
+
+    def _without_prompt(self, request: Request, context: Context, target: LatentShape) -> Layout:
+        if request.negative_prompt:
+            return layout(context.with_prompt(self.components.tokenizer.encode(request.negative_prompt)), target)
+        return unconditional_layout(context, target, request.guidance.uncond_positions)
+
+    def sigmas(self, request: Request) -> Tensor:
+        return flow_sigmas(request.steps, request.shift) if request.sigmas is None else check_sigmas(request.sigmas)
+
+    def noise(self, request: Request, context: Context, target: LatentShape) -> Tensor:
+        channels = self.components.model.config.latent_channels
+        if request.noise is not None:
+            noise = check_noise(request.noise, (channels, *target), request.batch)
+        else:
+            draws = [draw_noise(context, target, request.seed + i, channels) for i in range(request.batch)]
+            noise = torch.stack(draws)
+        return noise.to(self.components.device)

@@ -1,0 +1,180 @@
+"""One call of the pipeline, checked and completed before anything is computed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from .context import Context
+from .guidance import Guidance
+from .preprocess import presets, sample_frames, to_frames, vae_size
+from .prompts import UNDERSTANDING_TASKS, VIDEO_TASKS, check_task
+from .types import LatentShape, PixelShape
+
+LOGGER = logging.getLogger("lance")
+
+# Trained sizes (spec of the published model): what a task draws when no size is asked for.
+IMAGE_SIZE, VIDEO_SIZE, VIDEO_FRAMES = (768, 768), (480, 848), 49
+TRAINED_FRAMES = 121
+# Least and largest number of pictures of each task, and whether it takes a clip.
+PICTURES = {
+    "t2i": (0, 0),
+    "t2v": (0, 0),
+    "i2v": (1, 1),
+    "image_edit": (1, math.inf),
+    "video_edit": (0, 0),
+    "subject_image": (1, math.inf),
+    "subject_video": (1, math.inf),
+    "x2t_image": (1, math.inf),
+    "x2t_video": (0, 0),
+}
+CLIP_TASKS = ("video_edit", "x2t_video")
+SOURCE_SIZED_TASKS = ("i2v", "image_edit", "video_edit")
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Arguments of a call (``LancePipeline.__call__`` explains them); ``checked`` completes and validates them."""
+
+    task: str
+    prompt: str = ""
+    images: Sequence[Any] = ()
+    video: Any = None
+    fps: float = 24.0
+    instruction: str | None = None
+    question: str = ""
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    resolution: str | None = None
+    steps: int = 30
+    shift: float = 3.5
+    sigmas: Sequence[float] | None = None
+    guidance: Guidance = field(default_factory=Guidance)
+    negative_prompt: str | None = None
+    given_frames: Mapping[int, Any] | None = None
+    context: Context | None = None
+    batch: int = 1
+    seed: int = 42
+    noise: Any = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    @property
+    def understands(self) -> bool:
+        return self.task in UNDERSTANDING_TASKS
+
+    @property
+    def makes_video(self) -> bool:
+        return self.task in VIDEO_TASKS
+
+    @property
+    def preset(self) -> str:
+        return self.resolution or ("video_480p" if self.makes_video else "image_768res")
+
+    def checked(self) -> Request:
+        """The same call with pictures as arrays; ``ValueError`` where task and arguments do not fit."""
+        check_task(self.task)
+        request = replace(self, images=[to_frames(image) for image in self.images], video=self._clip())
+        request._check_inputs()
+        request._check_numbers()
+        request._check_preset()
+        return request
+
+    def target(self) -> LatentShape:
+        """The grid to generate; sizes that follow from a source may not be contradicted."""
+        if self.task in SOURCE_SIZED_TASKS and self.context is None:
+            shape = self._source_shape()
+            for name in ("height", "width"):
+                self._check_same(name, getattr(shape, name))
+        else:
+            height, width = VIDEO_SIZE if self.makes_video else IMAGE_SIZE
+            shape = PixelShape(self._frames(), self.height or height, self.width or width)
+        return shape.latent()
+
+    def _clip(self) -> np.ndarray | None:
+        if self.video is None:
+            return None
+        frames = to_frames(self.video)
+        return frames[sample_frames(len(frames), self.fps)]
+
+    def _source_shape(self) -> PixelShape:
+        source = self.video if self.task == "video_edit" else self.images[-1]
+        height, width = vae_size(*source.shape[1:3], self.preset)
+        if self.task == "video_edit":
+            self._check_same("num_frames", len(source))
+        frames = {"i2v": self._frames, "image_edit": lambda: 1, "video_edit": lambda: len(source)}[self.task]()
+        return PixelShape(frames, height, width)
+
+    def _check_same(self, name: str, size: int) -> None:
+        asked = getattr(self, name)
+        if asked is not None and asked != size:
+            raise ValueError(
+                f"{name} {asked} was asked for, but {self.task} makes {size} of this source at {self.preset}.\n"
+                f"Leave {name} out, or choose another resolution."
+            )
+
+    def _frames(self) -> int:
+        """Frames to generate: 4k + 1, other counts rounded down."""
+        asked = self.num_frames if self.num_frames is not None else (VIDEO_FRAMES if self.makes_video else 1)
+        if not self.makes_video and asked != 1:
+            raise ValueError(f"{self.task} makes 1 frame, not {asked}.\nUse a video task, or leave num_frames out.")
+        if asked < 1:
+            raise ValueError(f"{asked} frames cannot be generated; the least is 1.\nUse 1, 5, 9, ... frames (4k+1).")
+        frames = (asked - 1) // 4 * 4 + 1
+        if frames != asked:
+            LOGGER.warning("[Lance] %d frames do not fit the 4k+1 grid of the video VAE: %d are made.", asked, frames)
+        if frames > TRAINED_FRAMES:
+            LOGGER.warning("[Lance] %d frames asked for; nothing longer than %d was trained.", frames, TRAINED_FRAMES)
+        return frames
+
+    def _check_inputs(self) -> None:
+        least, most = PICTURES[self.task]
+        if self.context is None and not least <= len(self.images) <= most:
+            wanted = "no" if most == 0 else f"exactly {least}" if least == most else f"at least {least}"
+            raise ValueError(f"{self.task} takes {wanted} images, and got {len(self.images)}.\n{self._advice()}")
+        takes_clip = self.task in CLIP_TASKS
+        if self.context is None and takes_clip != (self.video is not None):
+            raise ValueError(
+                f"{self.task} takes {int(takes_clip)} video, and got {int(self.video is not None)}.\n{self._advice()}"
+            )
+        if self.understands and (self.prompt or self.negative_prompt):
+            raise ValueError(f"{self.task} takes a question, and got a prompt of {len(self.prompt)} characters.\nPass question=.")
+        if not self.understands and self.question:
+            raise ValueError(f"{self.task} takes a prompt, and got a question of {len(self.question)} characters.\nPass prompt=.")
+        if self.given_frames and not self.makes_video or self.given_frames and self.understands:
+            raise ValueError(f"{self.task} cannot hold {len(self.given_frames)} given frames.\nUse t2v or i2v.")
+        stills = [image for image in self.images if len(image) != 1]
+        if stills:
+            raise ValueError(f"An image of {len(stills[0])} frames was given where 1 belongs.\nPass clips as video=.")
+
+    def _advice(self) -> str:
+        fitting = [
+            task
+            for task, (least, most) in PICTURES.items()
+            if least <= len(self.images) <= most and (task in CLIP_TASKS) == (self.video is not None)
+        ]
+        return f"Tasks for these inputs: {', '.join(fitting) or 'none'}."
+
+    def _check_numbers(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"A batch of {self.batch} holds nothing.\nUse 1 or more.")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"Seed {self.seed} does not fit into 64 bits.\nUse a number from 0 to {2**64 - 1}.")
+        if self.understands and (self.batch != 1 or self.noise is not None):
+            raise ValueError(f"{self.task} answers one question at a time, not {self.batch}, and draws no noise.\nLeave them out.")
+
+    def _check_preset(self) -> None:
+        """A preset of the wrong kind gives sizes that the task was not trained on (image buckets for video, say)."""
+        kind = "video" if self.makes_video else "image"
+        known = [preset for preset in presets() if preset.startswith(kind)]
+        if self.preset not in known:
+            raise ValueError(
+                f"Resolution {self.preset!r} is none of the {len(known)} that {self.task} can use.\nUse one of: {', '.join(known)}."
+            )

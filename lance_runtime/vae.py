@@ -1,0 +1,208 @@
+"""Wan 2.2's causal video VAE (48 channels, 16x spatial, 4x temporal): diffusers' class under the original names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .types import TEMPORAL_STRIDE, LatentShape, PixelShape
+
+CHANNELS = 48
+
+# diffusers' names -> Wan's, applied in this order to every key. diffusers' own conversion knows Wan 2.1 only, and lets
+# 36 of the 196 keys of Wan 2.2 collide without a word.
+RENAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^quant_conv\.", "conv1."),
+        (r"^post_quant_conv\.", "conv2."),
+        (r"\.conv_in\.", ".conv1."),
+        (r"\.norm_out\.", ".head.0."),
+        (r"\.conv_out\.", ".head.2."),
+        (r"\.norm1\.", ".residual.0."),
+        (r"resnets\.(\d+)\.conv1\.", r"resnets.\1.residual.2."),
+        (r"\.norm2\.", ".residual.3."),
+        (r"\.conv2\.", ".residual.6."),
+        (r"\.conv_shortcut\.", ".shortcut."),
+        (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+        (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+        (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+        (r"\.down_blocks\.(\d+)\.resnets\.", r".downsamples.\1.downsamples."),
+        (r"\.down_blocks\.(\d+)\.downsampler\.", r".downsamples.\1.downsamples.2."),
+        (r"\.up_blocks\.(\d+)\.resnets\.", r".upsamples.\1.upsamples."),
+        (r"\.up_blocks\.(\d+)\.upsampler\.", r".upsamples.\1.upsamples.3."),
+    )
+)
+
+
+class WanVAE:
+    """Encodes to and decodes from the normalised latents that Lance sees, with the posterior's mean (no noise).
+
+    ``module`` is diffusers' ``AutoencoderKLWan``, for offloading hooks and tiling. ``device`` is where inputs are sent: a
+    module whose weights a hook moves in and out cannot say it itself.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device | str | None = None) -> None:
+        weight = next(module.parameters())
+        self.module, self.dtype = module, weight.dtype
+        self.device = torch.device(device) if device is not None else weight.device
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> WanVAE:
+        """From the tensors of ``Wan2.2_VAE.pth`` or ``wan2.2_vae.safetensors``, under their original names.
+
+        The weights are assigned, not copied, where ``dtype`` and ``device`` (default: as they are) do not ask for it.
+        ``ValueError`` for Wan 2.1's VAE, for missing or unknown keys, and for shapes that do not fit.
+        """
+        _refuse_wan21(tensors)
+        module = _build(tensors)
+        names = {original_name(key): key for key in module.state_dict()}
+        _check_keys(names, tensors)
+        _check_shapes({name: module.state_dict()[key] for name, key in names.items()}, tensors)
+        state = {key: tensors[name].to(device=device, dtype=dtype) for name, key in names.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        return cls(module.train(False).requires_grad_(False))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (3, T, H, W) in [-1, 1] -> normalised latents float32 (48, t, h, w); a batch (B, 3, ...) gives a batch.
+
+        T is 4k + 1, and height and width are multiples of 16: ``ValueError`` otherwise.
+        """
+        shape = _check_pixels(pixels)
+        batch = pixels if pixels.ndim == 5 else pixels[None]
+        # The feature caches of a clip take gigabytes; an interrupted call must not keep them (nor must decode's).
+        try:
+            latents = self.module.encode(batch.to(self.device, self.dtype)).latent_dist.mode().float()
+        finally:
+            self.module.clear_cache()
+        mean, std = _statistics(latents.device)
+        latents = (latents - mean) / std
+        return latents.reshape(*pixels.shape[:-4], CHANNELS, *shape)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents (48, t, h, w) -> uint8 (T, H, W, 3) = round((x + 1) * 127.5), T = 4 (t - 1) + 1.
+
+        A batch (B, 48, ...) gives a batch. The pixels stay on the device that computed them.
+        """
+        shape = _check_latents(latents)
+        mean, std = _statistics(self.device)
+        batch = latents if latents.ndim == 5 else latents[None]
+        batch = batch.to(self.device, torch.float32) * std + mean
+        try:
+            pixels = self.module.decode(batch.to(self.dtype)).sample
+        finally:
+            self.module.clear_cache()
+        pixels = pixels.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+        return pixels.movedim(-4, -1).reshape(*latents.shape[:-4], *shape, 3)
+
+
+def original_name(key: str) -> str:
+    """Wan's own name of a parameter of diffusers' ``AutoencoderKLWan`` (reference: modeling/vae/wan/vae2_2.py)."""
+    for pattern, replacement in RENAMES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def _refuse_wan21(tensors: Mapping[str, Tensor]) -> None:
+    weight = tensors.get("conv2.weight")
+    if weight is not None and weight.shape[0] != CHANNELS:
+        name = "Wan 2.1's VAE" if weight.shape[0] == 16 else "another VAE"
+        raise ValueError(
+            f"this is {name}: it has {weight.shape[0]} latent channels, Lance's has {CHANNELS}.\n"
+            "Use Wan2.2_VAE.pth of bytedance-research/Lance, or ComfyUI's wan2.2_vae.safetensors of 48 channels."
+        )
+
+
+def _build(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The module on the meta device, as wide as the weights (tiny ones for tests, Wan's 160 and 256)."""
+    # Here and not above: the runtime is also used where ComfyUI's VAE serves, without diffusers.
+    from diffusers import AutoencoderKLWan
+
+    encoder, decoder = tensors.get("encoder.conv1.weight"), tensors.get("decoder.conv1.weight")
+    with torch.device("meta"):
+        return AutoencoderKLWan(
+            base_dim=160 if encoder is None else encoder.shape[0],
+            decoder_base_dim=256 if decoder is None else decoder.shape[0] // 4,
+            z_dim=CHANNELS,
+            dim_mult=[1, 2, 4, 4],
+            num_res_blocks=2,
+            temperal_downsample=[False, True, True],
+            is_residual=True,
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
+            scale_factor_spatial=16,
+        )
+
+
+def _check_keys(expected: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or unknown:
+        raise ValueError(
+            f"the VAE's file lacks {len(missing)} tensors{_first(missing)} and has {len(unknown)} unknown ones"
+            f"{_first(unknown)}.\nUse Wan2.2_VAE.pth of bytedance-research/Lance with its original names."
+        )
+
+
+def _check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    wrong = [
+        f"{name} {list(tensors[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if tensors[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of the VAE's {len(expected)} tensors have another shape{_first(wrong)}.\n"
+            "Use Wan2.2_VAE.pth of bytedance-research/Lance."
+        )
+
+
+def _first(names: list[str]) -> str:
+    return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+
+
+def _check_pixels(pixels: Tensor) -> LatentShape:
+    if pixels.ndim not in (4, 5) or pixels.shape[-4] != 3:
+        raise ValueError(
+            f"pixels of shape {list(pixels.shape)} were given; [3, T, H, W] or [B, 3, T, H, W] is needed.\n"
+            "Make them with preprocess.vae_pixels."
+        )
+    shape = PixelShape(*pixels.shape[-3:])
+    latent = shape.latent()
+    if latent.pixels() != shape:
+        raise ValueError(
+            f"{shape.frames} frames do not fill whole latent frames of {TEMPORAL_STRIDE}; the VAE would drop the rest.\n"
+            f"Cut the clip to {latent.pixels().frames} frames (4k+1)."
+        )
+    return latent
+
+
+def _check_latents(latents: Tensor) -> PixelShape:
+    if latents.ndim not in (4, 5) or latents.shape[-4] != CHANNELS or 0 in latents.shape:
+        raise ValueError(
+            f"latents of shape {list(latents.shape)} were given; [{CHANNELS}, t, h, w] or [B, {CHANNELS}, t, h, w] is needed.\n"
+            "Pass the latents as the model returned them."
+        )
+    return LatentShape(*latents.shape[-3:]).pixels()
+
+
+@cache
+def _table() -> dict[str, list[float]]:
+    return json.loads(Path(__file__).with_name("wan22_statistics.json").read_text("utf-8"))
+
+
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Means and deviations of the channels, float32 (48, 1, 1, 1)."""
+    mean, std = (torch.tensor(_table()[name], device=device).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean, std

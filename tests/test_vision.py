@@ -1,0 +1,158 @@
+"""The vision tower against the reference's embeddings and against transformers' own attention."""
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from lance_runtime.config import VisionConfig
+from lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
+from lance_runtime.preprocess import sample_frames, to_frames, vit_patches
+
+PARITY = Path(__file__).parent / "data" / "parity"
+CASES = json.loads((PARITY / "cases.json").read_text("utf-8"))
+VISUAL_CASES = [name for name, case in CASES.items() if case["task"] not in ("t2i", "t2v", "i2v")]
+CONFIG = VisionConfig.from_json(json.loads((PARITY / "checkpoint/Qwen2.5-VL-ViT/config.json").read_text("utf-8")))
+
+
+def sources(case):
+    """The inputs of a case as frames, in order."""
+    visuals = [to_frames(Image.open(PARITY / "media" / name)) for name in case.get("images", [])]
+    if "video" in case:
+        clip = np.load(PARITY / "media" / case["video"])
+        frames = to_frames(clip["frames"])
+        visuals.append(frames[sample_frames(len(frames), float(clip["fps"]))])
+    return visuals
+
+
+@cache
+def weights(variant):
+    """The ViT that the reference uses: the video checkpoint brings its own."""
+    if variant == "Lance_3B_Video":
+        tensors = load_file(PARITY / "checkpoint" / variant / "model.safetensors")
+        return {k.removeprefix("vit_model."): v for k, v in tensors.items() if k.startswith("vit_model.")}
+    return load_file(PARITY / "checkpoint/Qwen2.5-VL-ViT/vit.safetensors")
+
+
+def load(variant="Lance_3B", dtype=torch.float32, **options):
+    vision = build_vision(CONFIG, dtype=dtype, **options)
+    vision.load_state_dict({k: v.to(dtype) for k, v in weights(variant).items()}, strict=True, assign=True)
+    return restore_buffers(vision, "cpu")
+
+
+def patches_of(grid, seed=0):
+    return torch.randn(grid[0] * grid[1] * grid[2], 1176, generator=torch.Generator().manual_seed(seed))
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("name", VISUAL_CASES)
+def test_embeddings_are_the_references(name):
+    case = CASES[name]
+    golden = load_file(PARITY / "cases" / f"{name}.safetensors")
+    vision = load(case["checkpoint"])
+    for index, frames in enumerate(sources(case)):
+        embeds = encode_vision(vision, *vit_patches(frames, case["settings"]["resolution"], CONFIG))
+        torch.testing.assert_close(embeds, golden[f"vit_embeds_{index}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 2), (1, 10, 24), (3, 18, 14), (2, 8, 8)])
+def test_batched_windows_equal_transformers_own_attention(grid):
+    vision, patches = load(), patches_of(grid)
+    own = modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel(vision.config)
+    own.load_state_dict({k: v.float() for k, v in weights("Lance_3B").items()}, strict=True)
+    assert type(own.blocks[0].attn).__name__ != type(vision.blocks[0].attn).__name__
+    with torch.no_grad():
+        result = own(patches, grid_thw=torch.tensor([grid]))
+    expected = result if isinstance(result, torch.Tensor) else result.pooler_output
+    torch.testing.assert_close(encode_vision(vision, patches, grid), expected, atol=1e-5, rtol=0)
+
+
+def test_no_tensor_grows_with_the_square_of_the_clip(monkeypatch):
+    vision, grid = load(), (40, 14, 14)
+    patches = patches_of(grid)
+    calls, plain = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(q, k, v, attn_mask=None, **options):
+        calls.append((q.shape[0], q.shape[2], attn_mask))
+        return plain(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    with Largest() as largest:
+        encode_vision(vision, patches, grid)
+    assert all(mask is None for _, _, mask in calls)
+    # 7 x 7 tokens of 4 patches in windows of 4 x 4: one whole, two cut on one side, one on both; and the full frames.
+    assert {(batch, length) for batch, length, _ in calls} == {(40, 64), (80, 48), (40, 36), (40, 196)}
+    assert largest.elements <= len(patches) * 1176 < len(patches) ** 2
+
+
+def test_a_given_attention_function_is_used():
+    seen = []
+
+    def attention(q, k, v):
+        seen.append(q.shape)
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+    grid = (2, 10, 6)
+    result = encode_vision(load(attention=attention), patches_of(grid), grid)
+    torch.testing.assert_close(result, encode_vision(load(), patches_of(grid), grid), atol=1e-5, rtol=0)
+    assert all(shape[1:] == (CONFIG.num_heads, shape[2], 16) for shape in seen)
+
+
+def test_frames_of_a_clip_do_not_see_each_other():
+    vision, patches = load(), patches_of((2, 8, 8))
+    both = encode_vision(vision, patches, (2, 8, 8))
+    torch.testing.assert_close(both[16:], encode_vision(vision, patches[64:], (1, 8, 8)), atol=1e-5, rtol=0)
+
+
+def test_rotary_frequencies_stay_float32():
+    vision, grid = load(dtype=torch.bfloat16), (1, 4, 6)
+    assert vision.rotary_pos_emb.inv_freq.dtype == torch.float32
+    expected = 1 / 10000 ** (torch.arange(4) / 4)  # head dimension 16: four frequencies for rows, four for columns
+    torch.testing.assert_close(vision.rotary_pos_emb.inv_freq, expected)
+    first = encode_vision(vision, patches_of(grid), grid)
+    assert first.dtype == torch.bfloat16
+    vision.to(torch.bfloat16)
+    assert torch.equal(encode_vision(vision, patches_of(grid), grid), first)
+    assert vision.rotary_pos_emb.inv_freq.dtype == torch.float32
+    torch.testing.assert_close(first.float(), encode_vision(load(), patches_of(grid), grid), atol=0.05, rtol=0.05)
+
+
+def test_the_real_tower_is_built_without_memory():
+    vision = build_vision(VisionConfig(), dtype=torch.bfloat16)
+    assert len(vision.state_dict()) == 390 and sum(p.numel() for p in vision.parameters()) == 668_684_288
+    assert all(p.is_meta and p.dtype == torch.bfloat16 and not p.requires_grad for p in vision.parameters())
+    assert not vision.training
+
+
+def test_building_on_a_device_allocates_and_restores():
+    vision = build_vision(CONFIG, device="cpu")
+    assert not any(tensor.is_meta for tensor in (*vision.parameters(), *vision.buffers()))
+    torch.testing.assert_close(vision.rotary_pos_emb.inv_freq, load().rotary_pos_emb.inv_freq)
+    assert vision.load_state_dict(weights("Lance_3B")).missing_keys == []
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 4), (1, 3, 8), (2, 4, 2)])
+def test_patches_that_do_not_fill_the_grid_are_refused(grid):
+    with pytest.raises(ValueError, match="24 patches .* {} x {} x {} .*\n".format(*grid)):
+        encode_vision(load(), patches_of((1, 4, 6)), grid)
