@@ -28,8 +28,8 @@ class TensorFile(Mapping[str, Tensor]):
     safetensors are memory-mapped; pickles (.pth, .pt) are loaded with ``weights_only`` and memory-mapped too.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         self.metadata: dict[str, str] = {}
         self.dtypes: dict[str, str] = {}
         if path.suffix in (".pth", ".pt"):

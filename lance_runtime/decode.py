@@ -81,6 +81,6 @@ def next_states(model: Lance, cache: KVCache, token: int, position: int, attenti
         return full_attention(q, *cache.append(layer, k, v), attention)
 
     hidden = model.embed_text(torch.tensor([[token]], device=device), dtype)
-    result = model(Streams(und=hidden), Streams(und=rope), attend).und
+    result = model.run_layers(Streams(und=hidden), Streams(und=rope), attend).und
     cache.commit(1)
     return result

@@ -14,7 +14,7 @@ from .context import Context
 from .guidance import Guidance
 from .model.attention import full_attention, sdpa
 from .model.rope import Rope
-from .model.transformer import Lance, Streams
+from .model.transformer import Around, Lance, Streams
 from .prefill import Branch
 from .types import AttentionFunction, LatentShape, Modality
 
@@ -91,10 +91,12 @@ def predict_velocity(
     timesteps: Tensor,
     branches: Sequence[Branch],
     attention: AttentionFunction = sdpa,
+    around: Around | None = None,
 ) -> Tensor:
     """Velocities (n * B, C, T, H, W) of n branches in one pass over the weights, attending branch by branch.
 
     latents (n * B, C, T, H, W) and timesteps (n * B, T) hold the branches' samples one branch after another.
+    around: see ``Lance.run_layers``.
     """
     batch = latents.shape[0] // len(branches)
     gen = model.embed_latents(latents, timesteps, branches[0].places)
@@ -106,7 +108,7 @@ def predict_velocity(
         out = [full_attention(q_, *branch.cache.attached(layer, k_, v_), attention) for branch, q_, k_, v_ in parts]
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    hidden = model(Streams(und, gen), rope, attend)
+    hidden = model.run_layers(Streams(und, gen), rope, attend, around)
     return model.velocity(hidden.gen, LatentShape(*latents.shape[2:]))
 
 

@@ -98,7 +98,7 @@ def _run_block(
         keys, values = cache.append(layer, k, v)
         return causal_attention(q, keys, values) if mode == Mode.CAUSAL else full_attention(q, keys, values, attention)
 
-    result = model(hidden, rope, attend)
+    result = model.run_layers(hidden, rope, attend)
     cache.commit(sum(len(split) for split in block))
     return result
 

@@ -41,3 +41,17 @@ def image_pipe() -> LancePipeline:
 @pytest.fixture(scope="session")
 def video_pipe() -> LancePipeline:
     return _load("video")
+
+
+@pytest.fixture(scope="session")
+def comfy_models() -> dict[str, Path]:
+    """The tiny checkpoint in ComfyUI's own model folders."""
+    models = {
+        f"diffusion_models/{folder}/{path.name}": path
+        for folder in ("Lance_3B", "Lance_3B_Video")
+        for path in (CHECKPOINT / folder).iterdir()
+    }
+    models["text_encoders/Qwen2.5-VL-ViT/vit.safetensors"] = CHECKPOINT / "Qwen2.5-VL-ViT" / "vit.safetensors"
+    models["text_encoders/Qwen2.5-VL-ViT/config.json"] = CHECKPOINT / "Qwen2.5-VL-ViT" / "config.json"
+    models["vae/Wan2.2_VAE.pth"] = CHECKPOINT / "Wan2.2_VAE.pth"
+    return models

@@ -38,10 +38,10 @@ def picture(*shape):
 
 def refusal(call, *args):
     """Both lines of the error: what is wrong, and what to do."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="\n") as caught:
         call(*args)
     first, second = str(caught.value).split("\n")
-    assert first and second
+    assert all((first, second))
     return first, second
 
 
@@ -51,7 +51,8 @@ def test_patches_are_the_references(name):
     for index, frames in enumerate(sources(CASES[name])):
         patches, grid = vit_patches(frames, CASES[name]["settings"]["resolution"], VIT)
         assert list(grid) == golden["vit_grid_thw"][index].tolist()
-        assert patches.shape == (grid[0] * grid[1] * grid[2], 1176) and patches.dtype == torch.float32
+        assert patches.shape == (grid[0] * grid[1] * grid[2], 1176)
+        assert patches.dtype == torch.float32
         head = golden[f"vit_patches_head_{index}"]
         torch.testing.assert_close(patches[: len(head)], head, atol=1e-6, rtol=0)
 
@@ -89,15 +90,19 @@ def test_every_bucket_is_found_by_its_own_size(preset):
 def test_unknown_presets_are_refused_with_the_known_ones():
     assert presets() == tuple(TABLES["presets"])
     first, second = refusal(vae_pixels, picture(32, 32, 3), "video_720p")
-    assert "video_720p" in first and all(name in second for name in presets())
+    assert "video_720p" in first
+    assert all(name in second for name in presets())
     refusal(vit_patches, picture(32, 32, 3), "video_720p", VIT)
 
 
 def test_vae_pixels_keep_a_picture_that_has_its_buckets_size():
     frames = picture(2, 256, 256, 3)
     pixels = vae_pixels(frames, "image_256res")
-    assert pixels.shape == (3, 2, 256, 256) and pixels.dtype == torch.float32 and pixels.is_contiguous()
-    assert pixels.min() >= -1 and pixels.max() <= 1
+    assert pixels.shape == (3, 2, 256, 256)
+    assert pixels.dtype == torch.float32
+    assert pixels.is_contiguous()
+    assert pixels.min() >= -1
+    assert pixels.max() <= 1
     back = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
     np.testing.assert_array_equal(back, frames)
 
@@ -110,27 +115,31 @@ def test_crop_comes_before_scaling():
     assert (vae_pixels(frames, "image_256res") == -1).all()
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (10, 20000), (20000, 10), (1, 3000), (3000, 1), (1, 2)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (10, 20000), (20000, 10), (1, 3000), (3000, 1), (1, 2)])
 def test_any_size_works(height, width):
     frames = picture(height, width, 3)
     pixels = vae_pixels(frames, "video_192p")
-    assert pixels.shape[2:] == vae_size(height, width, "video_192p") and pixels.isfinite().all()
+    assert pixels.shape[2:] == vae_size(height, width, "video_192p")
+    assert pixels.isfinite().all()
     patches, grid = vit_patches(frames, "video_192p", VIT)
-    assert len(patches) == grid[0] * grid[1] * grid[2] and patches.isfinite().all()
+    assert len(patches) == grid[0] * grid[1] * grid[2]
+    assert patches.isfinite().all()
 
 
 def test_odd_frame_counts_repeat_the_last_frame():
     frames = picture(3, 64, 64, 3)
     patches, grid = vit_patches(frames, "image_256res", VIT)
     longer, same = vit_patches(frames[[0, 1, 2, 2]], "image_256res", VIT)
-    assert grid == same == (2, 16, 16) and torch.equal(patches, longer)
+    assert grid == same == (2, 16, 16)
+    assert torch.equal(patches, longer)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "F", "I", "I;16", "I;16B"])
 def test_opaque_pillow_modes_become_rgb(mode):
     image = Image.new(mode, (5, 4))
     frames = to_frames(image)
-    assert frames.shape == (1, 4, 5, 3) and frames.dtype == np.uint8
+    assert frames.shape == (1, 4, 5, 3)
+    assert frames.dtype == np.uint8
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
@@ -142,7 +151,8 @@ def test_transparent_pillow_modes_are_laid_on_white(mode):
         image = Image.frombytes("PA", image.size, image.tobytes())
         image.putpalette([0, 0, 0])
     frames = to_frames(image.convert("LA").convert(mode) if mode == "La" else image.convert(mode))
-    assert frames[0, 0, 0].tolist() == [255, 255, 255] and frames[0, 2, 1].max() <= 1
+    assert frames[0, 0, 0].tolist() == [255, 255, 255]
+    assert frames[0, 2, 1].max() <= 1
 
 
 def test_transparent_colours_of_palettes_are_white():
@@ -177,7 +187,7 @@ def test_alpha_of_arrays_is_laid_on_white_as_of_files():
 
 
 @pytest.mark.parametrize(
-    "value, named",
+    ("value", "named"),
     [
         (np.zeros((4, 4, 3), np.float32), "float32"),
         (torch.zeros(4, 4, 3), "float32"),

@@ -50,10 +50,10 @@ def random_pixels(*shape):
 
 def refusal(call, *args):
     """Both lines of the error: what is wrong, and what to do."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="\n") as caught:
         call(*args)
     first, second = str(caught.value).split("\n")
-    assert first and second
+    assert all((first, second))
     return first
 
 
@@ -70,7 +70,8 @@ def test_latents_are_the_references(name):
 def test_pixels_are_the_references(name):
     golden = load_file(PARITY / "cases" / f"{name}.safetensors")
     frames = vae().decode(golden["latent"])
-    assert frames.dtype == torch.uint8 and len(frames) == 4 * (golden["latent"].shape[1] - 1) + 1
+    assert frames.dtype == torch.uint8
+    assert len(frames) == 4 * (golden["latent"].shape[1] - 1) + 1
     for mine, reference in ((frames[0], "pixels_first_frame"), (frames[-1], "pixels_last_frame")):
         assert (mine.int() - golden[reference].int()).abs().max() <= 1
 
@@ -104,26 +105,30 @@ def test_an_interrupted_call_leaves_nothing_behind():
             call(pixels if call == fresh.encode else expected)
         hook.remove()
         assert not any(torch.is_tensor(x) for x in (*fresh.module._feat_map, *fresh.module._enc_feat_map))
-    assert torch.equal(fresh.encode(pixels), expected) and torch.equal(fresh.decode(expected), frames)
+    assert torch.equal(fresh.encode(pixels), expected)
+    assert torch.equal(fresh.decode(expected), frames)
 
 
 def test_weights_are_assigned_and_not_copied():
     fresh = WanVAE.from_tensors(weights())
     assert fresh.module.quant_conv.weight.data_ptr() == weights()["conv1.weight"].data_ptr()
     assert not any(tensor.is_meta for tensor in (*fresh.module.parameters(), *fresh.module.buffers()))
-    assert not any(p.requires_grad for p in fresh.module.parameters()) and not fresh.module.training
+    assert not any(p.requires_grad for p in fresh.module.parameters())
+    assert not fresh.module.training
 
 
 def test_every_name_has_its_own_original():
     names = [original_name(key) for key in vae().module.state_dict()]
-    assert len(set(names)) == len(names) == 196 and set(names) == set(weights())
+    assert len(set(names)) == len(names) == 196
+    assert set(names) == set(weights())
 
 
 def test_bfloat16_runs_and_answers_in_float32():
     half = WanVAE.from_tensors(weights(), dtype=torch.bfloat16)
     pixels = random_pixels(3, 1, 32, 32)
     latents = half.encode(pixels)
-    assert half.module.quant_conv.weight.dtype == torch.bfloat16 and latents.dtype == torch.float32
+    assert half.module.quant_conv.weight.dtype == torch.bfloat16
+    assert latents.dtype == torch.float32
     torch.testing.assert_close(latents, vae().encode(pixels), atol=0.1, rtol=0.1)
     assert (half.decode(latents).float() - vae().decode(latents).float()).abs().mean() < 2
 
@@ -138,14 +143,17 @@ def test_diffusers_is_imported_only_when_used():
 def test_wan21_is_refused_by_name():
     other = {**weights(), "conv2.weight": torch.zeros(16, 16, 1, 1, 1)}
     first = refusal(WanVAE.from_tensors, other)
-    assert "Wan 2.1" in first and "16" in first and "48" in first
+    assert "Wan 2.1" in first
+    assert "16" in first
+    assert "48" in first
 
 
 def test_missing_and_unknown_keys_are_counted_and_named():
     tensors = {key: value for key, value in weights().items() if not key.startswith("decoder.middle.0.")}
     tensors["first_stage_model.extra"] = torch.zeros(1)
     first = refusal(WanVAE.from_tensors, tensors)
-    assert "lacks 6 tensors (decoder.middle.0.residual.0.gamma, " in first and ", ...)" in first
+    assert "lacks 6 tensors (decoder.middle.0.residual.0.gamma, " in first
+    assert ", ...)" in first
     assert "1 unknown ones (first_stage_model.extra)" in first
     assert "lacks 196 tensors" in refusal(WanVAE.from_tensors, {})
 
@@ -157,7 +165,7 @@ def test_other_shapes_are_named():
 
 
 @pytest.mark.parametrize(
-    "shape, named",
+    ("shape", "named"),
     [
         ((3, 1, 30, 32), "height 30"),
         ((3, 1, 32, 8), "width 8"),

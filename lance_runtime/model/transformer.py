@@ -8,6 +8,7 @@ index lists: attention does not care for their order, and the places are already
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ UND, GEN = "", "_moe_gen"
 
 # Attention over what one run of tokens may see: layer index, q (B, H, L, d), k, v (B, Hkv, L, d) -> (B, L, H * d).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+# A host's place between layers: index, the layer as a function of its hidden states, hidden states -> hidden states.
+Around = Callable[[int, Callable[["Streams"], "Streams"], "Streams"], "Streams"]
 
 
 class Streams(NamedTuple):
@@ -131,10 +135,15 @@ class Lance(nn.Module):
         by_frame = values.unflatten(1, (latents.shape[2], -1)) + times[:, :, None]
         return by_frame.flatten(1, 2) + places
 
-    def forward(self, hidden: Streams, rope: Streams, attend: Attend) -> Streams:
-        """Run one block of tokens through all layers; the result is not yet normed."""
+    def run_layers(self, hidden: Streams, rope: Streams, attend: Attend, around: Around | None = None) -> Streams:
+        """Run one block of tokens through all layers; the result is not yet normed.
+
+        around: called as ``around(index, layer, hidden)`` in the place of ``layer(hidden)``, so that a host can watch,
+        replace or skip layers.
+        """
         for index, layer in enumerate(self.language_model.model.layers):
-            hidden = layer(hidden, rope, lambda q, k, v, index=index: attend(index, q, k, v))
+            run = partial(layer, rope=rope, attend=partial(attend, index))
+            hidden = run(hidden) if around is None else around(index, run, hidden)
         return hidden
 
     def velocity(self, hidden: Tensor, grid: LatentShape) -> Tensor:

@@ -105,12 +105,14 @@ class SegmentAttention(nn.Module):
         self,
         hidden_states: Tensor,
         cu_seqlens: Tensor,
-        rotary_pos_emb: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **ignored: Any,
+        **_: Any,
     ) -> Tensor:
-        """(L, hidden) -> (L, hidden). ``cu_seqlens`` (S + 1) are the borders of S segments, ``position_embeddings`` the
-        cosines and sines (L, head_dim); the other arguments are what one transformers release or another also passes."""
+        """(L, hidden) -> (L, hidden), by the borders ``cu_seqlens`` (S + 1) of S segments.
+
+        ``position_embeddings`` are the cosines and sines (L, head_dim). What else one transformers release or another
+        passes (``rotary_pos_emb``, ``max_seqlen``) says the same twice and is not used.
+        """
         if position_embeddings is None:
             raise ValueError("the vision block passed no position_embeddings.\nUse transformers 4.50.3 or later.")
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)

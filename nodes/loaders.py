@@ -1,0 +1,86 @@
+"""Load Lance: files of ComfyUI's own model folders -> MODEL, CLIP, VAE."""
+
+import logging
+
+import folder_paths
+
+from ..lance_runtime.checkpoint import TensorFile, guess_variant
+from .clip import make_clip
+from .model import WEIGHT_TYPES, load_model
+from .schema import CATEGORY, io
+from .tokenizers import find_tokenizer
+from .vae import load_vae
+
+LOGGER = logging.getLogger("lance")
+AUTO_VIT = "auto"
+VARIANTS = ["auto", "image", "video"]
+
+
+class LanceNativeLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        vits = [AUTO_VIT, *folder_paths.get_filename_list("text_encoders")]
+        return io.Schema(
+            node_id="LanceNativeLoader",
+            display_name="Load Lance",
+            category=CATEGORY,
+            description="Loads Lance as an ordinary MODEL, CLIP and VAE. MODEL and CLIP share one copy of the weights.",
+            search_aliases=["lance", "bytedance", "load lance", "lance loader", "checkpoint"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip="The Lance checkpoint (models/diffusion_models): Lance_3B for images, Lance_3B_Video for videos.",
+                ),
+                io.Combo.Input(
+                    "vit_name",
+                    options=vits,
+                    default=AUTO_VIT,
+                    tooltip="The vision tower (models/text_encoders), for edits, references and questions. 'auto' takes the "
+                    "checkpoint's own if it has one (the video checkpoint does), as the reference does.",
+                ),
+                io.Combo.Input(
+                    "vae_name",
+                    options=folder_paths.get_filename_list("vae"),
+                    tooltip="The Wan 2.2 VAE of 48 channels (models/vae).",
+                ),
+                io.Combo.Input(
+                    "variant",
+                    options=VARIANTS,
+                    default="auto",
+                    tooltip="What the checkpoint was trained for. 'auto' reads it from the file; it only steers warnings.",
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "weight_type",
+                    options=list(WEIGHT_TYPES),
+                    default="default",
+                    tooltip="How the weights are kept in memory. 'default' keeps the file's own type; fp8 halves the memory.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="Draws and edits: for KSampler and every other sampler."),
+                io.Clip.Output(tooltip="Reads prompts and answers questions; the same weights as MODEL."),
+                io.Vae.Output(tooltip="The Wan 2.2 VAE."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, vit_name: str, vae_name: str, variant: str, weight_type: str) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        vae_path = folder_paths.get_full_path_or_raise("vae", vae_name)
+        file = TensorFile(path)
+        tokenizer = find_tokenizer(file)
+        patcher = load_model(path, tokenizer, weight_type)
+        patcher.model.variant = _variant(file, variant)
+        return io.NodeOutput(patcher, make_clip(patcher, tokenizer), load_vae(vae_path))
+
+
+def _variant(file: TensorFile, asked: str) -> str | None:
+    if asked != "auto":
+        return asked
+    found = guess_variant(file)
+    if found is None:
+        LOGGER.warning("[Lance] %s does not say whether it is the image or the video checkpoint; set 'variant'.", file.path.name)
+    return found

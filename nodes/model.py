@@ -1,0 +1,276 @@
+"""Lance as ComfyUI's MODEL: one root module with both experts, and a prefix that lives for one sampling run."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ..lance_runtime.checkpoint import TensorFile, guess_variant, model_tensors
+from ..lance_runtime.components import check_names
+from ..lance_runtime.config import LanceConfig
+from ..lance_runtime.context import Context, layout
+from ..lance_runtime.denoise import predict_velocity
+from ..lance_runtime.files import read_config
+from ..lance_runtime.model.transformer import Lance, Streams
+from ..lance_runtime.prefill import Branch, branch
+from ..lance_runtime.tokenizer import LanceTokenizer
+from ..lance_runtime.types import LatentShape
+from .recipe import CONDITIONING_KEY, Recipe
+
+WEIGHT_TYPES = {
+    "default": None,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+class LanceDiffusion(Lance):
+    """The network as ComfyUI calls it: latents, sigma and prefilled branches -> velocity."""
+
+    def __init__(
+        self,
+        lance_config: LanceConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        operations: Any = None,
+        **unet_config: Any,
+    ) -> None:
+        super().__init__(lance_config, operations, dtype, device)
+        self.dtype = dtype
+
+    def embed_text(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        # ComfyUI's embedding casts rows of an 8-bit table only when it is told the type.
+        return self.language_model.model.embed_tokens(ids, out_dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict | None = None,
+        **conds: Any,
+    ) -> Tensor:
+        """x (n * B, C, T, H, W), sigma (n * B) -> velocity like x; ``prefix`` in conds holds the n branches."""
+        options = transformer_options or {}
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timesteps, context, options, **conds)
+
+    def _forward(
+        self, x: Tensor, timesteps: Tensor, context: Any, options: dict, prefix: Sequence[Any] = (), **unused: Any
+    ) -> Tensor:
+        grid = LatentShape(*x.shape[2:])
+        branches = [part.branch(self, grid, x.dtype, x.device) if isinstance(part, Prefix) else part for part in prefix]
+        times = timesteps[:, None].expand(-1, grid.frames)
+        return predict_velocity(self, x, times, branches, comfy_attention(options), partial(run_layer, options, self))
+
+
+def comfy_attention(options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The attention backend that ComfyUI chose, as the runtime's attention function."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return optimized_attention(
+            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options
+        )
+
+    return attention
+
+
+def run_layer(options: dict, model: Lance, index: int, layer: Callable[[Streams], Streams], hidden: Streams) -> Streams:
+    """One layer, or what a patch of ComfyUI (skip-layer guidance, say) puts in its place."""
+    options.update(block_index=index, block_type="double", total_blocks=model.config.num_hidden_layers)
+    replacement = options.get("patches_replace", {}).get("dit", {}).get(("double_block", index))
+    if replacement is None:
+        return layer(hidden)
+
+    def original(arguments: dict) -> dict:
+        done = layer(Streams(arguments["txt"], arguments["img"]))
+        return {"txt": done.und, "img": done.gen}
+
+    arguments = {"img": hidden.gen, "txt": hidden.und, "transformer_options": options}
+    out = replacement(arguments, {"original_block": original})
+    return Streams(out.get("txt", hidden.und), out["img"])
+
+
+class Prefix:
+    """One conditioning of a sampling run: its context, and its branches once they are needed.
+
+    It has neither ``dtype`` nor ``to``, so that ComfyUI hands it through as it is.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._branches: dict[Any, Branch] = {}
+
+    def __len__(self) -> int:
+        return sum(len(segment) for segment in self.context.segments)
+
+    def branch(self, model: Lance, grid: LatentShape, dtype: torch.dtype, device: torch.device, hooks: Any = ()) -> Branch:
+        """The branch for a latent grid (areas and context windows have grids of their own), made on first use."""
+        if torch.is_grad_enabled():
+            return branch(model, layout(self.context, grid), dtype=dtype, device=device)
+        key = (hooks, grid, dtype, device)
+        if key not in self._branches:
+            if any(known != hooks for known, *_ in self._branches):
+                self._branches.clear()  # other weights are in place
+            attention = comfy_attention({})
+            self._branches[key] = branch(model, layout(self.context, grid), dtype=dtype, device=device, attention=attention)
+        return self._branches[key]
+
+    def clear(self) -> None:
+        self._branches.clear()
+
+
+class CONDPrefix(comfy.conds.CONDRegular):
+    """Carries a ``Prefix``; conditionings of any length run in one batch, since attention is per branch."""
+
+    def process_cond(self, batch_size: int, **kwargs: Any) -> "CONDPrefix":
+        return self._copy_with(self.cond)
+
+    def can_concat(self, other: "CONDPrefix") -> bool:
+        return isinstance(other, CONDPrefix)
+
+    def concat(self, others: Sequence["CONDPrefix"]) -> list[Prefix]:
+        return [self.cond, *(other.cond for other in others)]
+
+    def size(self) -> list[int]:
+        return [1, 1, len(self.cond)]
+
+
+class LanceModel(comfy.model_base.BaseModel):
+    """ComfyUI's model around the network; knows how a CONDITIONING becomes a context."""
+
+    def __init__(self, model_config: "LanceModelConfig", device: torch.device | None = None) -> None:
+        flow = comfy.model_base.ModelType.FLOW
+        super().__init__(model_config, flow, device=device, unet_model=LanceDiffusion)
+        self.tokenizer: LanceTokenizer = model_config.tokenizer
+        self.variant: str | None = model_config.variant
+        self.prefixes: list[Prefix] = []
+        self.memory_usage_factor_conds = ("prefix",)
+
+    def process_timestep(self, timestep: Tensor, **kwargs: Any) -> Tensor:
+        # The network sees sigma, whatever multiplier ModelSamplingSD3 or AuraFlow has put here.
+        return timestep / self.model_sampling.multiplier
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
+        recipe = Recipe.of(kwargs.get(CONDITIONING_KEY), kwargs.get("cross_attn"))
+        prefix = Prefix(recipe.context(self.tokenizer, LatentShape(*kwargs["noise"].shape[2:])))
+        self.prefixes.append(prefix)
+        return {"prefix": CONDPrefix(prefix)}
+
+    def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
+        recipe = kwargs.get(CONDITIONING_KEY)
+        return {} if recipe is None else {"prefix": [1, 1, recipe.length]}
+
+    def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        prefix = kwargs.get("prefix")
+        if prefix is not None:
+            kwargs["prefix"] = self._branches(prefix if isinstance(prefix, list) else [prefix], x)
+        return super()._apply_model(x, t, *args, **kwargs)
+
+    def _branches(self, prefixes: list[Prefix], x: Tensor) -> list[Any]:
+        """Prefilled outside the (perhaps compiled) network; with gradients the network does it, and nothing is kept."""
+        if torch.is_grad_enabled():
+            return prefixes
+        grid, dtype = LatentShape(*x.shape[2:]), self.get_dtype_inference()
+        return [prefix.branch(self.diffusion_model, grid, dtype, x.device, self._hooks()) for prefix in prefixes]
+
+    def _hooks(self) -> tuple:
+        """What tells the weights in place apart within a run: hooks and their strengths."""
+        hooks = getattr(self.current_patcher, "current_hooks", None)
+        return () if hooks is None else tuple((id(hook.hook_ref), float(hook.strength)) for hook in hooks.hooks)
+
+    def free_prefixes(self) -> None:
+        """After a run, and after an interrupted one, whose conditionings ComfyUI keeps."""
+        for prefix in self.prefixes:
+            prefix.clear()
+        self.prefixes.clear()
+
+
+class LanceModelConfig(comfy.supported_models_base.BASE):
+    """What ComfyUI wants to know of a model it has no own entry for."""
+
+    unet_config = {"image_model": "lance"}  # noqa: RUF012
+    unet_extra_config = {}  # noqa: RUF012
+    sampling_settings = {"shift": 3.5, "multiplier": 1000}  # noqa: RUF012
+    latent_format = comfy.latent_formats.Wan22
+    # Derived, not measured: the widest point of a layer holds about 3 x (hidden + MLP) values a token.
+    memory_usage_factor = 4.0
+    # float16 overflows in Qwen2.5's MLPs; cards without bfloat16 compute in float32.
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012
+    vae_key_prefix = ["vae."]  # noqa: RUF012
+    text_encoder_key_prefix = ["text_encoders."]  # noqa: RUF012
+
+    def __init__(self, lance_config: LanceConfig, tokenizer: LanceTokenizer, variant: str | None) -> None:
+        super().__init__({**self.unet_config, "lance_config": lance_config})
+        self.tokenizer, self.variant = tokenizer, variant
+
+    def inpaint_model(self) -> bool:
+        return False
+
+    def get_model(self, state_dict: dict, prefix: str = "", device: torch.device | None = None) -> LanceModel:
+        return LanceModel(self, device=device)
+
+    def process_clip_state_dict_for_saving(self, state_dict: dict) -> dict:
+        # CLIP is the same module as MODEL: nothing to save twice.
+        return {}
+
+
+def load_model(
+    path: str, tokenizer: LanceTokenizer, weight_type: str = "default", disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """A Lance file as a patcher that ComfyUI manages; ``ValueError`` says what any other file is."""
+    file = TensorFile(Path(path))
+    canonical = model_tensors(file)
+    config = LanceModelConfig(read_config(file), tokenizer, guess_variant(file))
+    state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    state = {name: state[stored] for name, stored in canonical.names.items()}
+    state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    load_device = comfy.model_management.get_torch_device()
+    _set_dtypes(config, state, load_device, WEIGHT_TYPES[weight_type])
+    model = config.get_model(state)
+    _check(model, canonical.shapes)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
+    model.load_model_weights(state, "", assign=patcher.is_dynamic())
+    patcher.add_callback_with_key(
+        comfy.patcher_extension.CallbacksMP.ON_CLEANUP, "lance", lambda patcher: patcher.model.free_prefixes()
+    )
+    patcher.cached_patcher_init = (load_model, (path, tokenizer, weight_type))
+    return patcher
+
+
+def _set_dtypes(config: LanceModelConfig, state: dict, device: torch.device, wanted: torch.dtype | None) -> None:
+    """Weight and computing types by ComfyUI's own rules."""
+    supported = config.supported_inference_dtypes
+    quantised = comfy.utils.detect_layer_quantization(state, "")
+    if quantised:
+        config.quant_config = quantised
+    weight_dtype = None if quantised else comfy.utils.weight_dtype(state)
+    size = comfy.utils.calculate_parameters(state)
+    dtype = wanted or comfy.model_management.unet_dtype(
+        model_params=size, supported_dtypes=list(supported), weight_dtype=weight_dtype
+    )
+    cast = comfy.model_management.unet_manual_cast(None if quantised else dtype, device, list(supported))
+    config.set_inference_dtype(dtype, cast)
+
+
+def _check(model: LanceModel, shapes: dict) -> None:
+    expected = {name: tuple(value.shape) for name, value in model.diffusion_model.named_parameters()}
+    check_names(expected, shapes)
