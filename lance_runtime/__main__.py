@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .files import VIT_CHOICES
 from .guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
 from .media import read_image, read_video, write_image, write_video
 from .memory import OFFLOAD_KINDS
 from .pipeline import LancePipeline, Output
 from .preprocess import presets
 from .prompts import TASKS, UNDERSTANDING_TASKS, VIDEO_TASKS
-from .files import VIT_CHOICES
 
 DESCRIPTION = "Draw, edit and understand pictures and clips with ByteDance's Lance."
 EPILOG = """tasks:
@@ -61,7 +61,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="where the weights are")
     group.add_argument("--variant", choices=("image", "video"), help="checkpoint (default: video for tasks with a clip)")
-    group.add_argument("--vit", choices=VIT_CHOICES, default="auto", help="vision tower: the checkpoint's own or the separate one")
+    group.add_argument(
+        "--vit", choices=VIT_CHOICES, default="auto", help="vision tower: the checkpoint's own or the separate one"
+    )
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: the accelerator that torch finds)")
     group.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on an accelerator, float32 on a CPU")
     group.add_argument("--offload", choices=OFFLOAD_KINDS, default="none", help="keep parts of the model off the device")
@@ -93,7 +95,9 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("guidance")
     group.add_argument("--guidance", type=float, default=4.0, help="scale; 1 turns it off (default: %(default)s)")
     group.add_argument("--visual-guidance", type=float, default=1.0, help="scale on the sources (default: %(default)s)")
-    group.add_argument("--interval", type=float, nargs=2, default=(0.4, 1.0), metavar=("LOW", "HIGH"), help="sigmas with guidance")
+    group.add_argument(
+        "--interval", type=float, nargs=2, default=(0.4, 1.0), metavar=("LOW", "HIGH"), help="sigmas with guidance"
+    )
     group.add_argument("--renorm", choices=RENORM_KINDS, default="global", help="keep the norm of the unguided velocity")
     group.add_argument("--uncond-positions", choices=UNCOND_POSITIONS, default="cached", help="path of the reference to follow")
 

@@ -7,7 +7,7 @@ computed, and with the ViT's tensors (``vit_model.*`` in the video checkpoint) a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,19 +112,21 @@ def apply_rules(name: str, rules: tuple[KeyRule, ...]) -> str | None:
     return name
 
 
+def _canonical(stored: Iterable[str], rules: tuple[KeyRule, ...]) -> dict[str, str]:
+    named = ((apply_rules(name, rules), name) for name in stored)
+    return {canonical: name for canonical, name in named if canonical is not None}
+
+
 def model_tensors(file: TensorFile) -> Renamed:
     """The decoder's and the glue's tensors of a Lance checkpoint; ``ValueError`` names what any other file is."""
     check_is_lance(file)
-    names = {apply_rules(stored, MODEL_RULES): stored for stored in file}
-    names.pop(None, None)
-    return Renamed(file, names)
+    return Renamed(file, _canonical(file, MODEL_RULES))
 
 
 def vit_tensors(file: TensorFile) -> Renamed:
     """The ViT's tensors of a file: the checkpoint's own (``vit_model.*``), or those of a file that is a ViT."""
     own = [name for name in file if name.startswith(VIT_PREFIX)]
-    stored = own or list(file)
-    names = {apply_rules(name, VIT_RULES): name for name in stored}
+    names = _canonical(own or list(file), VIT_RULES)
     if "patch_embed.proj.weight" not in names:
         raise ValueError(
             f"{file.path.name} is {identify(file)}, not the vision tower of Qwen2.5-VL.\n"
@@ -138,7 +140,7 @@ def has_own_vit(file: TensorFile) -> bool:
 
 
 def guess_variant(file: TensorFile) -> str | None:
-    """"image" or "video" from the position table, the ViT inside, or the file's name; None where nothing tells."""
+    """ "image" or "video" from the position table, the ViT inside, or the file's name; None where nothing tells."""
     table = file.shapes.get(POSITION_TABLE)
     if has_own_vit(file) or "video" in f"{file.path.parent.name}/{file.path.name}".lower():
         return "video"
@@ -183,6 +185,27 @@ def _identify_other(file: TensorFile) -> str:
     if any(name.endswith("embed_tokens.weight") for name in file):
         return "a plain language model (no generation expert)"
     return f"an unknown file (it holds {', '.join(sorted(file)[:3])}, ...)"
+
+
+def check_names(expected: Mapping[str, Iterable[int]], found: Mapping[str, Iterable[int]]) -> None:
+    """Strict: ``ValueError`` where a tensor is missing, unknown or of another shape (both map names to shapes)."""
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        raise ValueError(
+            f"{len(missing)} tensors are missing ({_some(missing)}) and {len(unknown)} unknown ({_some(unknown)}) "
+            f"of {len(expected)} expected.\nThe file does not belong to this model, or is incomplete: download it again."
+        )
+    wrong = [name for name, shape in expected.items() if tuple(found[name]) != tuple(shape)]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{len(wrong)} tensors have another shape; {name} is {tuple(found[name])} where {tuple(expected[name])} belongs.\n"
+            "The configuration and the weights are of different models: use the llm_config.json that came with the file."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"
 
 
 def _read_header(path: Path) -> dict:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Renamed, TensorFile, model_tensors, vit_tensors
+from .checkpoint import Renamed, TensorFile, check_names, model_tensors, vit_tensors
 from .config import LanceConfig, VisionConfig
+from .engine import Engine
 from .files import Sources
 from .model.transformer import Lance
 from .model.vision import build_vision, restore_buffers
@@ -28,6 +29,10 @@ class Components:
     vision_config: VisionConfig
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def engine(self) -> Engine:
+        return Engine(self.model, self.dtype, self.device)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -49,6 +54,7 @@ def load_components(sources: Sources, dtype: torch.dtype, device: torch.device, 
     assign(vision, vit_tensors(sources.vit or sources.model), dtype, weights_on)
     restore_buffers(vision, weights_on)
     vae = WanVAE.from_tensors(TensorFile(sources.vae), dtype=dtype, device=weights_on)
+    vae.device = device  # where it computes; an offloading hook brings its weights there
     return Components(model, vision, vae, sources.tokenizer, sources.vision, device, dtype)
 
 
@@ -63,24 +69,3 @@ def assign(module: nn.Module, tensors: Renamed | Mapping[str, Tensor], dtype: to
         owner, _, leaf = name.rpartition(".")
         tensor = tensors[name].to(device=device, dtype=dtype)
         module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def check_names(expected: Mapping[str, Iterable[int]], found: Mapping[str, Iterable[int]]) -> None:
-    """Strict: no tensor may be missing, unknown or of another shape."""
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unknown:
-        raise ValueError(
-            f"{len(missing)} tensors are missing ({_some(missing)}) and {len(unknown)} unknown ({_some(unknown)}) "
-            f"of {len(expected)} expected.\nThe file does not belong to this model, or is incomplete: download it again."
-        )
-    wrong = [name for name, shape in expected.items() if tuple(found[name]) != tuple(shape)]
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"{len(wrong)} tensors have another shape; {name} is {tuple(found[name])} where {tuple(expected[name])} belongs.\n"
-            "The configuration and the weights are of different models: use the llm_config.json that came with the file."
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"

@@ -60,7 +60,8 @@ class LanceConfig:
         return cls(
             hidden_size=hidden,
             intermediate_size=shapes["language_model.model.layers.0.mlp.gate_proj.weight"][0],
-            num_hidden_layers=1 + max(int(key.split(".")[3]) for key in shapes if key.startswith("language_model.model.layers.")),
+            num_hidden_layers=1
+            + max(int(key.split(".")[3]) for key in shapes if key.startswith("language_model.model.layers.")),
             num_attention_heads=shapes[LAYER_KEY.format(0, "q_proj")][0] // head_dim,
             num_key_value_heads=shapes[LAYER_KEY.format(0, "k_proj")][0] // head_dim,
             head_dim=head_dim,

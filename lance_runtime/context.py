@@ -15,6 +15,8 @@ from .prompts import ASSISTANT_OPENING, SYSTEM_OPENING, USER_OPENING
 from .tokenizer import IM_END, VIDEO_PAD, VISION_END, VISION_START, LanceTokenizer
 from .types import LatentShape, Modality
 
+NO_GRID = LatentShape(0, 0, 0)
+
 
 class Mode(str, Enum):
     """How the tokens of a split see each other; all of them see everything before their split."""
@@ -37,14 +39,18 @@ class VisionTokens(NamedTuple):
 class Segment:
     """One piece of a sequence: text (``ids``), or a visual with its token ``grid`` and its ``values``.
 
-    values: ViT embeddings (grid.tokens, hidden) or normalised clean latents (C, T, H, W); None for a target.
+    values: ViT embeddings (grid.tokens, hidden) or normalised clean latents (C, T, H, W); None for text and target.
     """
 
     mode: Mode
     modality: Modality
     ids: tuple[int, ...] = ()
-    grid: LatentShape | None = None
+    grid: LatentShape = NO_GRID
     values: Tensor | None = None
+
+    @property
+    def is_visual(self) -> bool:
+        return self.grid.tokens > 0
 
     @classmethod
     def text(cls, ids: Sequence[int], modality: Modality = Modality.TEMPLATE) -> Segment:
@@ -72,11 +78,11 @@ class Segment:
         return cls(Mode.NOISE, Modality.TARGET, grid=grid)
 
     def __len__(self) -> int:
-        return len(self.ids) if self.grid is None else self.grid.tokens + 2
+        return self.grid.tokens + 2 if self.is_visual else len(self.ids)
 
     def token_ids(self, vision: VisionTokens) -> list[int]:
         """The ids as laid out in the sequence, placeholders of a visual included."""
-        if self.grid is None:
+        if not self.is_visual:
             return list(self.ids)
         return [vision.start, *[vision.pad] * self.grid.tokens, vision.end]
 
@@ -109,7 +115,7 @@ class Context:
 
     @property
     def visuals(self) -> tuple[Segment, ...]:
-        return tuple(segment for segment in self.segments if segment.grid is not None)
+        return tuple(segment for segment in self.segments if segment.is_visual)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +234,7 @@ def _rope_index(segments: Sequence[Segment]) -> Tensor:
     """Qwen2.5-VL's rope index (3, L): each segment starts one behind the largest position so far."""
     parts, start = [], 0
     for segment in segments:
-        part = text_positions(start, len(segment)) if segment.grid is None else visual_positions(start, segment.grid)
+        part = visual_positions(start, segment.grid) if segment.is_visual else text_positions(start, len(segment))
         parts.append(part)
         start = int(part.max()) + 1
     return torch.cat(parts, dim=1)

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .engine import Engine
 from .kv_cache import KVCache
-from .model.attention import full_attention, sdpa
-from .model.rope import rope_table
-from .model.transformer import Lance, Streams
-from .types import AttentionFunction
+from .model.transformer import Streams
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Sampling:
 
 
 def decode(
-    model: Lance,
+    engine: Engine,
     cache: KVCache,
     last: Tensor,
     position: int,
@@ -50,7 +48,6 @@ def decode(
     stop: int,
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
-    attention: AttentionFunction = sdpa,
 ) -> Iterator[int]:
     """Yield the ids of an answer, without the closing ``stop``.
 
@@ -63,24 +60,22 @@ def decode(
     generator = torch.Generator().manual_seed(sampling.seed)
     cache.reserve(max_new_tokens)
     for step in range(max_new_tokens):
-        logits = model.logits(last)[0, -1, :vocabulary].float().cpu()
+        logits = engine.model.logits(last)[0, -1, :vocabulary].float().cpu()
         token = sampling.choose(logits, generator)
         if token == stop:
             return
         yield token
         if step + 1 < max_new_tokens:
-            last = next_states(model, cache, token, position + step, attention)
+            last = next_states(engine, cache, token, position + step)
 
 
-def next_states(model: Lance, cache: KVCache, token: int, position: int, attention: AttentionFunction = sdpa) -> Tensor:
+def next_states(engine: Engine, cache: KVCache, token: int, position: int) -> Tensor:
     """Read one token into the cache; returns its final states (1, 1, D)."""
-    dtype, device = cache.layers[0].dtype, cache.layers[0].device
-    rope = rope_table(model.config, torch.full((3, 1), position, device=device), dtype)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return full_attention(q, *cache.append(layer, k, v), attention)
+        return engine.attend_fully(q, *cache.append(layer, k, v))
 
-    hidden = model.embed_text(torch.tensor([[token]], device=device), dtype)
-    result = model.run_layers(Streams(und=hidden), Streams(und=rope), attend).und
+    rope = Streams(und=engine.rope(torch.full((3, 1), position)))
+    result = engine.run(Streams(und=engine.embed([token])), rope, attend)
     cache.commit(1)
-    return result
+    return result.und

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .context import Context
+from .engine import Engine
 from .guidance import Guidance
-from .model.attention import full_attention, sdpa
 from .model.rope import Rope
-from .model.transformer import Around, Lance, Streams
+from .model.transformer import Streams
 from .prefill import Branch
-from .types import AttentionFunction, LatentShape, Modality
+from .types import LatentShape, Modality
 
 # Above this many target tokens, branches run one after another: their activations cost more than a pass over the weights.
 BATCHED_TOKENS = 8192
@@ -25,7 +26,7 @@ BATCHED_TOKENS = 8192
 class Step(NamedTuple):
     """One Euler step done: its index from 0, the sigma arrived at, and the latents (B, C, T, H, W) there."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a field may hide tuple.index: nobody searches a step
     sigma: float
     latents: Tensor
 
@@ -85,31 +86,23 @@ def check_noise(noise: Any, shape: tuple[int, ...], batch: int) -> Tensor:
     return values
 
 
-def predict_velocity(
-    model: Lance,
-    latents: Tensor,
-    timesteps: Tensor,
-    branches: Sequence[Branch],
-    attention: AttentionFunction = sdpa,
-    around: Around | None = None,
-) -> Tensor:
+def predict_velocity(engine: Engine, latents: Tensor, timesteps: Tensor, branches: Sequence[Branch]) -> Tensor:
     """Velocities (n * B, C, T, H, W) of n branches in one pass over the weights, attending branch by branch.
 
     latents (n * B, C, T, H, W) and timesteps (n * B, T) hold the branches' samples one branch after another.
-    around: see ``Lance.run_layers``.
     """
     batch = latents.shape[0] // len(branches)
-    gen = model.embed_latents(latents, timesteps, branches[0].places)
+    gen = engine.model.embed_latents(latents, timesteps, branches[0].places)
     und = torch.cat([branch.boundary.expand(batch, -1, -1) for branch in branches])
     rope = Streams(*(Rope.stack([b.rope[i] for b in branches], batch) for i in range(2)))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = zip(branches, q.split(batch), k.split(batch), v.split(batch), strict=True)
-        out = [full_attention(q_, *branch.cache.attached(layer, k_, v_), attention) for branch, q_, k_, v_ in parts]
+        out = [engine.attend_fully(q_, *branch.cache.attached(layer, k_, v_)) for branch, q_, k_, v_ in parts]
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    hidden = model.run_layers(Streams(und, gen), rope, attend, around)
-    return model.velocity(hidden.gen, LatentShape(*latents.shape[2:]))
+    hidden = engine.run(Streams(und, gen), rope, attend)
+    return engine.model.velocity(hidden.gen, LatentShape(*latents.shape[2:]))
 
 
 class Branches:
@@ -139,15 +132,12 @@ class Branches:
 
 
 def denoise(
-    model: Lance,
+    engine: Engine,
     noise: Tensor,
     sigmas: Tensor,
     branches: Branches,
     guidance: Guidance,
-    *,
     given: Given | None = None,
-    dtype: torch.dtype = torch.float32,
-    attention: AttentionFunction = sdpa,
 ) -> Iterator[Step]:
     """Integrate from noise (B, C, T, H, W) down the sigmas with Euler steps; latents stay in float32.
 
@@ -159,27 +149,19 @@ def denoise(
         latents[:, :, given.frames] = given.latents.to(latents)
         moving[given.frames] = 0
     free = None if given is None else moving.nonzero().flatten()
-    for index, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for index, (sigma, following) in enumerate(pairwise(sigmas)):
         timesteps = (sigma.to(moving) * moving).expand(noise.shape[0], -1)
-        active = branches.at(sigma, guidance)
-        velocities = _velocities(model, latents, timesteps, active, dtype, attention)
-        velocity = guidance.combine(*velocities, free=free) if len(velocities) > 1 else velocities[0]
+        velocities = _velocities(engine, latents, timesteps, branches.at(sigma, guidance))
+        velocity = guidance.combine(velocities, free)
         latents = latents - velocity * (moving.view(1, 1, -1, 1, 1) * (sigma - following).to(moving))
         yield Step(index, float(following), latents)
 
 
-def _velocities(
-    model: Lance,
-    latents: Tensor,
-    timesteps: Tensor,
-    branches: Sequence[Branch],
-    dtype: torch.dtype,
-    attention: AttentionFunction,
-) -> list[Tensor]:
+def _velocities(engine: Engine, latents: Tensor, timesteps: Tensor, branches: Sequence[Branch]) -> list[Tensor]:
     """One float32 velocity a branch: together while their tokens are few, else one after another."""
     batch, count = latents.shape[0], len(branches)
-    x = latents.to(dtype)
+    x = latents.to(engine.dtype)
     if count > 1 and batch * count * x[0, 0].numel() <= BATCHED_TOKENS:
         repeated = x.repeat(count, 1, 1, 1, 1), timesteps.repeat(count, 1)
-        return list(predict_velocity(model, *repeated, branches, attention).float().split(batch))
-    return [predict_velocity(model, x, timesteps, [branch], attention).float() for branch in branches]
+        return list(predict_velocity(engine, *repeated, branches).float().split(batch))
+    return [predict_velocity(engine, x, timesteps, [branch]).float() for branch in branches]

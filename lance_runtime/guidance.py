@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,16 +62,19 @@ class Guidance:
         sigma = sigma.detach().float().cpu()
         return self.enabled and bool(low < sigma) and bool(sigma <= high)
 
-    def combine(self, cond: Tensor, text: Tensor, none: Tensor | None = None, free: Tensor | None = None) -> Tensor:
-        """Velocities (B, C, T, H, W) of the branches -> the guided velocity.
+    def combine(self, velocities: Sequence[Tensor], free: Tensor | None = None) -> Tensor:
+        """Velocities (B, C, T, H, W) of the active branches (v, v_text, v_none) -> the guided velocity.
 
-        none: required where visual_scale is not 1. free: indices of the latent frames that are denoised; with
-        "dense" positions the norms leave the given frames out, with "cached" they do not (as in the reference).
+        free: indices of the latent frames that are denoised; with "dense" positions the norms leave the given frames
+        out, with "cached" they do not (as in the reference).
         """
-        if none is None:
-            guided = text + self.scale * (cond - text)
+        if len(velocities) == 1:
+            return velocities[0]
+        cond, text, *rest = velocities
+        if rest:
+            guided = rest[0] + self.scale * (cond - text) + self.visual_scale * (text - rest[0])
         else:
-            guided = none + self.scale * (cond - text) + self.visual_scale * (text - none)
+            guided = text + self.scale * (cond - text)
         return self.renormed(guided, cond, free if self.uncond_positions == "dense" else None)
 
     def renormed(self, guided: Tensor, cond: Tensor, free: Tensor | None = None) -> Tensor:

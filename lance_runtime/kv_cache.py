@@ -39,7 +39,7 @@ class KVCache:
         end = self.length + k.shape[2]
         if k.requires_grad:  # autograd keeps what it has seen: a new tensor instead of a write in place
             self.layers[layer] = torch.cat([self.layers[layer][:, :, :, : self.length], torch.stack([k, v])], dim=3)
-            return self.layers[layer].unbind()
+            return self.layers[layer][0], self.layers[layer][1]
         store = self.layers[layer]
         store[0, :, :, self.length : end] = k
         store[1, :, :, self.length : end] = v

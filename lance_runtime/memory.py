@@ -16,7 +16,7 @@ def check_offload(kind: str) -> None:
 
 
 def add_offloading(components: Components, kind: str) -> None:
-    """"model": one of ViT, network and VAE at a time on the device. "layer": weights pass through it layer by layer."""
+    """ "model": one of ViT, network and VAE at a time on the device. "layer": weights pass through it layer by layer."""
     check_offload(kind)
     if kind == "none":
         return

@@ -110,7 +110,8 @@ class LancePipeline:
         """
         request = self.request(task, prompt, **arguments)
         total = request.max_new_tokens if request.understands else len(self.sigmas(request)) - 1
-        ids, last = [], None
+        ids: list[int] = []
+        last: Any = None
         for done, last in enumerate(self._run(request), 1):
             ids.append(last.id if isinstance(last, Token) else done)
             if progress is not None:
@@ -148,9 +149,8 @@ class LancePipeline:
         context = self.context(request)
         noise = self.noise(request, context, target)
         bring(parts.model)
-        steps = denoise(
-            parts.model, noise, sigmas, self.branches(request, context, target), request.guidance, given=given, dtype=parts.dtype
-        )
+        branches = self.branches(request, context, target)
+        steps = denoise(parts.engine, noise, sigmas, branches, request.guidance, given)
         for step in steps:
             yield step if request.batch > 1 else step._replace(latents=step.latents[0])
 
@@ -159,10 +159,10 @@ class LancePipeline:
         sampling = Sampling(request.temperature, request.top_p, request.seed)
         sequence = layout(context)
         bring(parts.model)
-        cache, states = prefill(parts.model, sequence, dtype=parts.dtype, device=parts.device)
+        cache, states = prefill(parts.engine, sequence)
         ids: list[int] = []
         tokens = decode(
-            parts.model,
+            parts.engine,
             cache,
             states[:, -1:],
             int(sequence.positions.max()) + 1,
@@ -208,8 +208,7 @@ class LancePipeline:
 
     def branches(self, request: Request, context: Context, target: LatentShape) -> Branches:
         def made(sequence: Callable[[], Layout]) -> Callable[[], Branch]:
-            parts = self.components
-            return lambda: branch(parts.model, sequence(), dtype=parts.dtype, device=parts.device)
+            return lambda: branch(self.components.engine, sequence())
 
         bare = context.without(Modality.PROMPT, *VISUAL_CONDITIONS)
         return Branches(

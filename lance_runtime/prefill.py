@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .context import Layout, Mode, Split, VisionTokens
+from .context import Layout, Mode, Segment, Split, VisionTokens
+from .engine import Engine
 from .kv_cache import KVCache
-from .model.attention import causal_attention, full_attention, sdpa
+from .model.attention import causal_attention
 from .model.embeddings import latent_position_embedding
-from .model.rope import Rope, rope_table
-from .model.transformer import Lance, Streams
-from .types import AttentionFunction, LatentShape
+from .model.rope import Rope
+from .model.transformer import Streams
+from .types import LatentShape
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,100 +34,76 @@ class Branch:
     places: Tensor
 
 
-def prefill(
-    model: Lance,
-    layout: Layout,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    cache: KVCache | None = None,
-    done: int = 0,
-    attention: AttentionFunction = sdpa,
-) -> tuple[KVCache, Tensor | None]:
-    """Run the splits before the target; returns the cache and the last text's final states (1, L, D).
+def prefill(engine: Engine, layout: Layout, cache: KVCache | None = None, done: int = 0) -> tuple[KVCache, Any]:
+    """Run the splits before the target; returns the cache and the last block's final states (1, L, D).
 
-    cache, done: go on with a cache that already holds the first ``done`` splits (it is extended in place).
+    The states are the understanding expert's, None where nothing was left to run. cache, done: go on with a cache that
+    already holds the first ``done`` splits (it is extended in place).
     """
     splits = layout.prefix[done:]
     tokens = sum(len(split) for split in splits)
     if cache is None:
-        cache = KVCache(model.config, tokens, dtype, device)
+        cache = KVCache(engine.model.config, tokens, engine.dtype, engine.device)
     cache.reserve(tokens)
     hidden = None
     for causal, run in groupby(splits, key=lambda split: split.segment.mode == Mode.CAUSAL):
         # Neighbouring texts are one causal run: the same numbers in fewer passes over the weights.
         for block in [list(run)] if causal else [[split] for split in run]:
-            hidden = _run_block(model, block, layout.vision, cache, dtype, device, attention).und
+            hidden = _run_block(engine, block, layout.vision, cache).und
     return cache, hidden
 
 
-def branch(
-    model: Lance,
-    layout: Layout,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    attention: AttentionFunction = sdpa,
-    places: Tensor | None = None,
-) -> Branch:
+def branch(engine: Engine, layout: Layout, places: Tensor | None = None) -> Branch:
     """Prefill a layout and prepare its target. places: another branch's position embeddings, to share them."""
-    cache, _ = prefill(model, layout, dtype=dtype, device=device, attention=attention)
+    cache, _ = prefill(engine, layout)
     target = layout.target
     if places is None:
-        places = target_places(model, target.segment.grid, dtype, device)
-    boundary = _boundary(model, layout.vision, dtype, device)
-    return Branch(cache, _visual_rope(model, target.positions, dtype, device), boundary, places)
+        places = target_places(engine, target.segment.grid)
+    boundary = engine.embed([layout.vision.start, layout.vision.end])
+    return Branch(cache, _visual_rope(engine, target.positions), boundary, places)
 
 
-def target_places(model: Lance, grid: LatentShape, dtype: torch.dtype, device: torch.device) -> Tensor:
+def target_places(engine: Engine, grid: LatentShape) -> Tensor:
     """Position embeddings (tokens, D) of a latent grid."""
-    return latent_position_embedding(grid, model.config.hidden_size, device).to(dtype)
+    return latent_position_embedding(grid, engine.model.config.hidden_size, engine.device).to(engine.dtype)
 
 
-def _run_block(
-    model: Lance,
-    block: Sequence[Split],
-    vision: VisionTokens,
-    cache: KVCache,
-    dtype: torch.dtype,
-    device: torch.device,
-    attention: AttentionFunction,
-) -> Streams:
-    mode = block[0].segment.mode
-    hidden, rope = _embed(model, block, vision, dtype, device)
+def _run_block(engine: Engine, block: Sequence[Split], vision: VisionTokens, cache: KVCache) -> Streams:
+    causal = block[0].segment.mode == Mode.CAUSAL
+    hidden, rope = _embed(engine, block, vision)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = cache.append(layer, k, v)
-        return causal_attention(q, keys, values) if mode == Mode.CAUSAL else full_attention(q, keys, values, attention)
+        return causal_attention(q, keys, values) if causal else engine.attend_fully(q, keys, values)
 
-    result = model.run_layers(hidden, rope, attend)
+    result = engine.run(hidden, rope, attend)
     cache.commit(sum(len(split) for split in block))
     return result
 
 
-def _embed(
-    model: Lance, block: Sequence[Split], vision: VisionTokens, dtype: torch.dtype, device: torch.device
-) -> tuple[Streams, Streams]:
+def _embed(engine: Engine, block: Sequence[Split], vision: VisionTokens) -> tuple[Streams, Streams]:
     """Embeddings of one block, and their rope tables."""
     segment, positions = block[0].segment, torch.cat([split.positions for split in block], dim=1)
     if segment.mode == Mode.CAUSAL:
-        ids = torch.tensor([[i for split in block for i in split.segment.ids]], device=device)
-        return Streams(und=model.embed_text(ids, dtype)), Streams(und=rope_table(model.config, positions.to(device), dtype))
-    boundary, values = _boundary(model, vision, dtype, device), segment.values.to(device, dtype)[None]
+        und = engine.embed([i for split in block for i in split.segment.ids])
+        return Streams(und=und), Streams(und=engine.rope(positions))
+    boundary, values = engine.embed([vision.start, vision.end]), _values(segment).to(engine.device, engine.dtype)[None]
     if segment.mode == Mode.FULL:
         und = torch.cat([boundary[:, :1], values, boundary[:, 1:]], dim=1)
-        return Streams(und=und), Streams(und=rope_table(model.config, positions.to(device), dtype))
-    clean = torch.zeros(1, segment.grid.frames, device=device)
-    gen = model.embed_latents(values, clean, target_places(model, segment.grid, dtype, device))
-    return Streams(boundary, gen), _visual_rope(model, positions, dtype, device)
+        return Streams(und=und), Streams(und=engine.rope(positions))
+    clean = torch.zeros(1, segment.grid.frames, device=engine.device)
+    gen = engine.model.embed_latents(values, clean, target_places(engine, segment.grid))
+    return Streams(boundary, gen), _visual_rope(engine, positions)
 
 
-def _boundary(model: Lance, vision: VisionTokens, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return model.embed_text(torch.tensor([[vision.start, vision.end]], device=device), dtype)
+def _values(segment: Segment) -> Tensor:
+    if segment.values is None:
+        raise ValueError(f"A visual segment of {len(segment)} tokens has 0 values.\nBuild it with Segment.vit or .latents.")
+    return segment.values
 
 
-def _visual_rope(model: Lance, positions: Tensor, dtype: torch.dtype, device: torch.device) -> Streams:
+def _visual_rope(engine: Engine, positions: Tensor) -> Streams:
     """Tables of a latent visual: its first and last position for the vision tokens, the rest for the latents."""
-    table = rope_table(model.config, positions.to(device), dtype)
+    table = engine.rope(positions)
     ends = Rope(*(part[:, :, [0, -1]] for part in table))
     return Streams(ends, Rope(*(part[:, :, 1:-1] for part in table)))

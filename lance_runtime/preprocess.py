@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def vae_pixels(frames: Any, preset: str) -> Tensor:
     so that every picture gives some result. ``ValueError`` for an unknown preset.
     """
     frames = to_frames(frames)
-    return fitted_pixels(frames, _nearest_bucket(*frames.shape[1:3], preset, "vae"))
+    return fitted_pixels(frames, _nearest_bucket(frames.shape[1], frames.shape[2], preset, "vae"))
 
 
 def fitted_pixels(frames: np.ndarray, size: Size) -> Tensor:
@@ -114,9 +114,9 @@ def vit_patches(frames: Any, preset: str, vision_config: VisionConfig) -> tuple[
     ViT's own buckets (reference: data/data_utils.py, patchify_video_with_merge).
     """
     frames = to_frames(frames)
-    source = frames.shape[1:3]
-    resized = _fit(frames, _nearest_bucket(*source, preset, "vit"))
-    resized = _centre(resized, vit_size(*source, preset, vision_config))
+    height, width = frames.shape[1:3]
+    resized = _fit(frames, _nearest_bucket(height, width, preset, "vit"))
+    resized = _centre(resized, vit_size(height, width, preset, vision_config))
     depth, side, merge = vision_config.temporal_patch_size, vision_config.patch_size, vision_config.spatial_merge_size
     missing = -len(resized) % depth
     clip = torch.from_numpy(np.concatenate([resized, *[resized[-1:]] * missing]))
@@ -181,7 +181,8 @@ def _from_lab(image: Image.Image) -> Image.Image:
     """Pillow converts LAB through colour profiles only, which some builds of it lack."""
     from PIL import ImageCms
 
-    return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    source, target = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return cast("Image.Image", ImageCms.profileToProfile(image, source, target, outputMode="RGB"))
 
 
 def _array_frames(array: np.ndarray) -> np.ndarray:

@@ -106,7 +106,7 @@ class Request:
 
     def _source_shape(self) -> PixelShape:
         source = self.video if self.task == "video_edit" else self.images[-1]
-        height, width = vae_size(*source.shape[1:3], self.preset)
+        height, width = vae_size(source.shape[1], source.shape[2], self.preset)
         if self.task == "video_edit":
             self._check_same("num_frames", len(source))
         frames = {"i2v": self._frames, "image_edit": lambda: 1, "video_edit": lambda: len(source)}[self.task]()
@@ -145,10 +145,14 @@ class Request:
                 f"{self.task} takes {int(takes_clip)} video, and got {int(self.video is not None)}.\n{self._advice()}"
             )
         if self.understands and (self.prompt or self.negative_prompt):
-            raise ValueError(f"{self.task} takes a question, and got a prompt of {len(self.prompt)} characters.\nPass question=.")
+            raise ValueError(
+                f"{self.task} takes a question, and got a prompt of {len(self.prompt)} characters.\nPass question=."
+            )
         if not self.understands and self.question:
-            raise ValueError(f"{self.task} takes a prompt, and got a question of {len(self.question)} characters.\nPass prompt=.")
-        if self.given_frames and not self.makes_video or self.given_frames and self.understands:
+            raise ValueError(
+                f"{self.task} takes a prompt, and got a question of {len(self.question)} characters.\nPass prompt=."
+            )
+        if (self.given_frames and not self.makes_video) or (self.given_frames and self.understands):
             raise ValueError(f"{self.task} cannot hold {len(self.given_frames)} given frames.\nUse t2v or i2v.")
         stills = [image for image in self.images if len(image) != 1]
         if stills:
@@ -168,7 +172,9 @@ class Request:
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"Seed {self.seed} does not fit into 64 bits.\nUse a number from 0 to {2**64 - 1}.")
         if self.understands and (self.batch != 1 or self.noise is not None):
-            raise ValueError(f"{self.task} answers one question at a time, not {self.batch}, and draws no noise.\nLeave them out.")
+            raise ValueError(
+                f"{self.task} answers one question at a time, not {self.batch}, and draws no noise.\nLeave them out."
+            )
 
     def _check_preset(self) -> None:
         """A preset of the wrong kind gives sizes that the task was not trained on (image buckets for video, say)."""
@@ -176,5 +182,6 @@ class Request:
         known = [preset for preset in presets() if preset.startswith(kind)]
         if self.preset not in known:
             raise ValueError(
-                f"Resolution {self.preset!r} is none of the {len(known)} that {self.task} can use.\nUse one of: {', '.join(known)}."
+                f"Resolution {self.preset!r} is none of the {len(known)} that {self.task} can use.\n"
+                f"Use one of: {', '.join(known)}."
             )

@@ -30,7 +30,9 @@ class LanceTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+        found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+        self._ids = {token: number for token, number in found.items() if number is not None}
+        missing = [token for token in SPECIAL_TOKENS if token not in self._ids]
         if missing:
             raise ValueError(
                 f"The tokenizer lacks {len(missing)} of {len(SPECIAL_TOKENS)} special tokens: {', '.join(missing)}.\n"
@@ -58,8 +60,8 @@ class LanceTokenizer:
         if "vocab_json" not in metadata or "merges_txt" not in metadata:
             return None
         with TemporaryDirectory() as folder:
-            for name, key in (("vocab.json", "vocab_json"), ("merges.txt", "merges_txt"), ("tokenizer_config.json", "tokenizer_config_json")):
-                if key in metadata:
+            for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+                if (key := name.replace(".", "_")) in metadata:
                     (Path(folder) / name).write_text(metadata[key], "utf-8")
             return cls(_from_vocabulary(Path(folder)))
 
@@ -69,7 +71,7 @@ class LanceTokenizer:
 
     def special(self, token: str) -> int:
         """The id of one of ``SPECIAL_TOKENS``."""
-        return self._tokenizer.token_to_id(token)
+        return self._ids[token]
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text."""
@@ -94,7 +96,7 @@ class LanceTokenizer:
 
 def _from_vocabulary(folder: Path) -> Tokenizer:
     """A bare vocabulary through transformers, which knows Qwen2.5's rules for splitting text."""
-    from transformers import Qwen2TokenizerFast
+    from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined]  # transformers 5 names it at run time
 
     tokenizer = Qwen2TokenizerFast.from_pretrained(str(folder)).backend_tokenizer
     if tokenizer.token_to_id(VIDEO_PAD) is None:  # no tokenizer_config.json: the added tokens follow the vocabulary

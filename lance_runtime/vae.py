@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .checkpoint import check_names
 from .types import TEMPORAL_STRIDE, LatentShape, PixelShape
 
 CHANNELS = 48
@@ -48,7 +50,7 @@ class WanVAE:
     module whose weights a hook moves in and out cannot say it itself.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device | str | None = None) -> None:
+    def __init__(self, module: Any, device: torch.device | str | None = None) -> None:
         weight = next(module.parameters())
         self.module, self.dtype = module, weight.dtype
         self.device = torch.device(device) if device is not None else weight.device
@@ -68,8 +70,7 @@ class WanVAE:
         _refuse_wan21(tensors)
         module = _build(tensors)
         names = {original_name(key): key for key in module.state_dict()}
-        _check_keys(names, tensors)
-        _check_shapes({name: module.state_dict()[key] for name, key in names.items()}, tensors)
+        check_names(_shapes({name: module.state_dict()[key] for name, key in names.items()}), _shapes(tensors))
         state = {key: tensors[name].to(device=device, dtype=dtype) for name, key in names.items()}
         module.load_state_dict(state, strict=True, assign=True)
         return cls(module.train(False).requires_grad_(False))
@@ -124,7 +125,11 @@ def _refuse_wan21(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _build(tensors: Mapping[str, Tensor]) -> nn.Module:
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _build(tensors: Mapping[str, Tensor]) -> Any:
     """The module on the meta device, as wide as the weights (tiny ones for tests, Wan's 160 and 256)."""
     # Here and not above: the runtime is also used where ComfyUI's VAE serves, without diffusers.
     from diffusers import AutoencoderKLWan
@@ -144,32 +149,6 @@ def _build(tensors: Mapping[str, Tensor]) -> nn.Module:
             out_channels=12,
             scale_factor_spatial=16,
         )
-
-
-def _check_keys(expected: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing or unknown:
-        raise ValueError(
-            f"the VAE's file lacks {len(missing)} tensors{_first(missing)} and has {len(unknown)} unknown ones"
-            f"{_first(unknown)}.\nUse Wan2.2_VAE.pth of bytedance-research/Lance with its original names."
-        )
-
-
-def _check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    wrong = [
-        f"{name} {list(tensors[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if tensors[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} of the VAE's {len(expected)} tensors have another shape{_first(wrong)}.\n"
-            "Use Wan2.2_VAE.pth of bytedance-research/Lance."
-        )
-
-
-def _first(names: list[str]) -> str:
-    return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
 
 
 def _check_pixels(pixels: Tensor) -> LatentShape:

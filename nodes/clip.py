@@ -56,9 +56,6 @@ class LanceTextModel(torch.nn.Module):
     def load_sd(self, state: dict) -> tuple[list, list]:
         return [], []
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict:
-        return {}
-
 
 def make_clip(patcher: Any, tokenizer: LanceTokenizer) -> comfy.sd.CLIP:
     """A CLIP over a clone of the MODEL's patcher: one copy of the weights, each side with LoRAs of its own."""

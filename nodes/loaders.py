@@ -82,5 +82,7 @@ def _variant(file: TensorFile, asked: str) -> str | None:
         return asked
     found = guess_variant(file)
     if found is None:
-        LOGGER.warning("[Lance] %s does not say whether it is the image or the video checkpoint; set 'variant'.", file.path.name)
+        LOGGER.warning(
+            "[Lance] %s does not say whether it is the image or the video checkpoint; set 'variant'.", file.path.name
+        )
     return found

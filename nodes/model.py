@@ -17,11 +17,11 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ..lance_runtime.checkpoint import TensorFile, guess_variant, model_tensors
-from ..lance_runtime.components import check_names
+from ..lance_runtime.checkpoint import TensorFile, check_names, guess_variant, model_tensors
 from ..lance_runtime.config import LanceConfig
 from ..lance_runtime.context import Context, layout
 from ..lance_runtime.denoise import predict_velocity
+from ..lance_runtime.engine import Engine
 from ..lance_runtime.files import read_config
 from ..lance_runtime.model.transformer import Lance, Streams
 from ..lance_runtime.prefill import Branch, branch
@@ -76,9 +76,9 @@ class LanceDiffusion(Lance):
         self, x: Tensor, timesteps: Tensor, context: Any, options: dict, prefix: Sequence[Any] = (), **unused: Any
     ) -> Tensor:
         grid = LatentShape(*x.shape[2:])
-        branches = [part.branch(self, grid, x.dtype, x.device) if isinstance(part, Prefix) else part for part in prefix]
-        times = timesteps[:, None].expand(-1, grid.frames)
-        return predict_velocity(self, x, times, branches, comfy_attention(options), partial(run_layer, options, self))
+        engine = Engine(self, x.dtype, x.device, comfy_attention(options), partial(run_layer, options, self))
+        branches = [part.branch(engine, grid) if isinstance(part, Prefix) else part for part in prefix]
+        return predict_velocity(engine, x, timesteps[:, None].expand(-1, grid.frames), branches)
 
 
 def comfy_attention(options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -121,16 +121,15 @@ class Prefix:
     def __len__(self) -> int:
         return sum(len(segment) for segment in self.context.segments)
 
-    def branch(self, model: Lance, grid: LatentShape, dtype: torch.dtype, device: torch.device, hooks: Any = ()) -> Branch:
+    def branch(self, engine: Engine, grid: LatentShape, hooks: Any = ()) -> Branch:
         """The branch for a latent grid (areas and context windows have grids of their own), made on first use."""
         if torch.is_grad_enabled():
-            return branch(model, layout(self.context, grid), dtype=dtype, device=device)
-        key = (hooks, grid, dtype, device)
+            return branch(engine, layout(self.context, grid))
+        key = (hooks, grid, engine.dtype, engine.device)
         if key not in self._branches:
             if any(known != hooks for known, *_ in self._branches):
                 self._branches.clear()  # other weights are in place
-            attention = comfy_attention({})
-            self._branches[key] = branch(model, layout(self.context, grid), dtype=dtype, device=device, attention=attention)
+            self._branches[key] = branch(engine, layout(self.context, grid))
         return self._branches[key]
 
     def clear(self) -> None:
@@ -188,8 +187,9 @@ class LanceModel(comfy.model_base.BaseModel):
         """Prefilled outside the (perhaps compiled) network; with gradients the network does it, and nothing is kept."""
         if torch.is_grad_enabled():
             return prefixes
-        grid, dtype = LatentShape(*x.shape[2:]), self.get_dtype_inference()
-        return [prefix.branch(self.diffusion_model, grid, dtype, x.device, self._hooks()) for prefix in prefixes]
+        engine = Engine(self.diffusion_model, self.get_dtype_inference(), x.device, comfy_attention({}))
+        grid = LatentShape(*x.shape[2:])
+        return [prefix.branch(engine, grid, self._hooks()) for prefix in prefixes]
 
     def _hooks(self) -> tuple:
         """What tells the weights in place apart within a run: hooks and their strengths."""

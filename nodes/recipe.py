@@ -8,7 +8,7 @@ from torch import Tensor
 from ..lance_runtime.context import Context, generation_context
 from ..lance_runtime.prompts import system_sentence
 from ..lance_runtime.tokenizer import LanceTokenizer
-from ..lance_runtime.types import LatentShape, Modality
+from ..lance_runtime.types import LatentShape
 
 CONDITIONING_KEY = "lance"
 

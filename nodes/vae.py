@@ -22,7 +22,9 @@ def load_vae(path: str) -> comfy.sd.VAE:
     file = TensorFile(Path(path))
     what = identify(file)
     if what != WAN_22:
-        raise ValueError(f"{file.path.name} is {what}; Lance needs one of 48 channels.\nUse wan2.2_vae.safetensors, or the .pth of {HUB}.")
+        raise ValueError(
+            f"{file.path.name} is {what}; Lance needs one of 48 channels.\nUse wan2.2_vae.safetensors, or the .pth of {HUB}."
+        )
     widths = file.shapes["encoder.conv1.weight"][0], file.shapes["decoder.conv1.weight"][0] // 4
     state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     if widths == WIDTHS:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from goldens import PARITY
 from graphs import text_to_image
 from safetensors.torch import load_file
 
 from lance_runtime import Guidance
-from lance_runtime.vae import WanVAE, _statistics
+from lance_runtime.vae import _statistics
 
 pytestmark = pytest.mark.comfy
 TOLERANCE = 1e-3
@@ -32,7 +31,13 @@ def comfy_noise(seed, *shape):
 def test_ksampler_draws_what_the_runtime_draws(comfy_server, image_pipe, cfg):
     result = comfy_server.run(text_to_image(cfg=cfg))
     out = image_pipe(
-        "t2i", "a red hat", height=64, width=96, steps=25, noise=comfy_noise(7, 48, 1, 4, 6), guidance=Guidance(scale=cfg, **PLAIN)
+        "t2i",
+        "a red hat",
+        height=64,
+        width=96,
+        steps=25,
+        noise=comfy_noise(7, 48, 1, 4, 6),
+        guidance=Guidance(scale=cfg, **PLAIN),
     )
     assert (saved_latents(result) - out.latents).abs().max() < TOLERANCE
     picture = np.asarray(result.image("save"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import goldens
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_velocity_of_the_first_step(name, load_pipeline):
         timesteps[:, 0] = 0
     with torch.no_grad():
         cond = pipe.branches(request, context_of(pipe, name), target).cond
-        velocity = predict_velocity(pipe.components.model, golden["noise"][None], timesteps, [cond])[0]
+        velocity = predict_velocity(pipe.components.engine, golden["noise"][None], timesteps, [cond])[0]
     if "velocity_first" in golden:
         assert difference(velocity, golden["velocity_first"]) < VELOCITY
     else:  # the tokens behind the first latent frame only
@@ -79,6 +81,7 @@ def test_answer(name, load_pipeline):
     assert out.text == goldens.CASES[name]["expected_text"]
 
 
+@cache
 def context_of(pipe, name):
     with torch.no_grad():
         return pipe.context(pipe.request(**goldens.arguments(name)))

@@ -152,16 +152,16 @@ def test_missing_and_unknown_keys_are_counted_and_named():
     tensors = {key: value for key, value in weights().items() if not key.startswith("decoder.middle.0.")}
     tensors["first_stage_model.extra"] = torch.zeros(1)
     first = refusal(WanVAE.from_tensors, tensors)
-    assert "lacks 6 tensors (decoder.middle.0.residual.0.gamma, " in first
+    assert "6 tensors are missing (decoder.middle.0.residual.0.gamma, " in first
     assert ", ...)" in first
-    assert "1 unknown ones (first_stage_model.extra)" in first
-    assert "lacks 196 tensors" in refusal(WanVAE.from_tensors, {})
+    assert "1 unknown (first_stage_model.extra)" in first
+    assert "196 tensors are missing" in refusal(WanVAE.from_tensors, {})
 
 
 def test_other_shapes_are_named():
     tensors = {**weights(), "encoder.middle.1.proj.weight": torch.zeros(8, 8, 1, 1)}
     first = refusal(WanVAE.from_tensors, tensors)
-    assert "encoder.middle.1.proj.weight [8, 8, 1, 1] instead of [16, 16, 1, 1]" in first
+    assert "encoder.middle.1.proj.weight is (8, 8, 1, 1) where (16, 16, 1, 1) belongs" in first
 
 
 @pytest.mark.parametrize(

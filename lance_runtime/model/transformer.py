@@ -19,7 +19,6 @@ from ..config import LanceConfig
 from ..types import LatentShape
 from .attention import SelfAttention
 from .embeddings import TimestepEmbedder
-from .rope import Rope
 
 UND, GEN = "", "_moe_gen"
 

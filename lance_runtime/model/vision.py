@@ -20,7 +20,7 @@ def build_vision(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "meta",
     attention: AttentionFunction = sdpa,
-) -> nn.Module:
+) -> Any:
     """transformers' ``Qwen2_5_VisionTransformerPretrainedModel``, frozen and without weights.
 
     It is built on the meta device, so nothing is initialised; on any other ``device`` its memory is then allocated but
@@ -32,9 +32,9 @@ def build_vision(
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
     # The released config asks for flash_attention_2, which most machines lack.
-    settings = Qwen2_5_VLVisionConfig(**_settings(config), attn_implementation="sdpa")
+    settings = Qwen2_5_VLVisionConfig(**_settings(config))
     with torch.device("meta"):
-        vision = Qwen2_5_VisionTransformerPretrainedModel(settings)
+        vision: Any = Qwen2_5_VisionTransformerPretrainedModel(settings)
     for block in vision.blocks:
         block.attn = SegmentAttention(block.attn.qkv, block.attn.proj, config.num_heads, attention)
     vision = vision.to(dtype).train(False).requires_grad_(False)
@@ -45,6 +45,7 @@ def build_vision(
 
 def _settings(config: VisionConfig) -> dict[str, Any]:
     return {
+        "attn_implementation": "sdpa",
         "depth": config.depth,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -59,7 +60,7 @@ def _settings(config: VisionConfig) -> dict[str, Any]:
     }
 
 
-def restore_buffers(vision: nn.Module, device: torch.device | str) -> nn.Module:
+def restore_buffers(vision: Any, device: torch.device | str) -> Any:
     """Makes the rotary frequencies, which no file holds, anew on ``device``, in float32 whatever the module's dtype."""
     # A quarter of the head dimension each for rows and columns.
     half = vision.config.hidden_size // vision.config.num_heads // 2
@@ -69,7 +70,7 @@ def restore_buffers(vision: nn.Module, device: torch.device | str) -> nn.Module:
     return vision
 
 
-def encode_vision(vision: nn.Module, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def encode_vision(vision: Any, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Patches (N, 1176) of one picture or clip -> merged tokens (N / 4, hidden), in the module's dtype.
 
     ``patches`` and ``grid`` (t, h, w, in patches) come from ``preprocess.vit_patches``, on the device where the module

@@ -1,0 +1,43 @@
+"""The network together with what it computes in: the first argument of prefill and of both loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .model.attention import full_attention, sdpa
+from .model.rope import Rope, rope_table
+from .model.transformer import Around, Attend, Lance, Streams
+from .types import AttentionFunction
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A network, the type and device of its hidden states, and the host's hooks.
+
+    attention: the backend. around: see ``Lance.run_layers``.
+    """
+
+    model: Lance
+    dtype: torch.dtype
+    device: torch.device
+    attention: AttentionFunction = sdpa
+    around: Around | None = None
+
+    def embed(self, ids: list[int]) -> Tensor:
+        """Embeddings (1, L, D) of token ids."""
+        return self.model.embed_text(torch.tensor([ids], device=self.device), self.dtype)
+
+    def rope(self, positions: Tensor) -> Rope:
+        """The rotary table of positions (3, L)."""
+        return rope_table(self.model.config, positions.to(self.device), self.dtype)
+
+    def run(self, hidden: Streams, rope: Streams, attend: Attend) -> Streams:
+        """One block of tokens through all layers."""
+        return self.model.run_layers(hidden, rope, attend, self.around)
+
+    def attend_fully(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every query sees every key; shapes as in ``full_attention``."""
+        return full_attention(q, k, v, self.attention)
