@@ -200,30 +200,29 @@ def unconditional_layout(context: Context, target: LatentShape, uncond_positions
     return replace(short, splits=tuple(splits))
 
 
-def generation_context(tokenizer: LanceTokenizer, system: str, visuals: Sequence[Segment], prompt: str) -> Context:
-    """System sentence, visual conditions, prompt, and the opening of the assistant: what precedes a target."""
-    context = _opened(tokenizer, system).extended(visuals)
+def open_context(tokenizer: LanceTokenizer, system: str, visuals: Iterable[Segment] = ()) -> Context:
+    """System sentence and visual conditions, open for more of both, for a prompt or for a question."""
+    opening, user = tokenizer.encode_template(SYSTEM_OPENING), tokenizer.encode_template(USER_OPENING)
+    vision = VisionTokens(*(tokenizer.special(token) for token in (VISION_START, VIDEO_PAD, VISION_END)))
+    return Context((Segment.text(opening + tokenizer.encode(system) + user),), vision).extended(visuals)
+
+
+def drawing(tokenizer: LanceTokenizer, context: Context, prompt: str) -> Context:
+    """An open context with a prompt and the opening of the assistant: what precedes a target."""
     ids = tokenizer.encode(prompt)
     if ids:
         context = context.with_text(ids, Modality.PROMPT)
     return context.with_text(tokenizer.encode_template(ASSISTANT_OPENING))
 
 
-def question_context(tokenizer: LanceTokenizer, system: str, visuals: Sequence[Segment], question: str) -> Context:
-    """System sentence, visuals and a question that is one causal split with the template behind it."""
-    ids = tokenizer.encode(question) + tokenizer.encode_template(ASSISTANT_OPENING)
-    return _opened(tokenizer, system).extended(visuals).with_text(ids)
+def asking(tokenizer: LanceTokenizer, context: Context, question: str) -> Context:
+    """An open context with a question; it is one causal split with the template behind it."""
+    return context.with_text(tokenizer.encode(question) + tokenizer.encode_template(ASSISTANT_OPENING))
 
 
 def closing_ids(tokenizer: LanceTokenizer) -> list[int]:
     """The end of the assistant's turn."""
     return [tokenizer.special(IM_END)]
-
-
-def _opened(tokenizer: LanceTokenizer, system: str) -> Context:
-    opening, user = tokenizer.encode_template(SYSTEM_OPENING), tokenizer.encode_template(USER_OPENING)
-    vision = VisionTokens(*(tokenizer.special(token) for token in (VISION_START, VIDEO_PAD, VISION_END)))
-    return Context((Segment.text(opening + tokenizer.encode(system) + user),), vision)
 
 
 def _modality(segments: Iterable[Segment]) -> Tensor:

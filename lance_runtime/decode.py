@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,20 @@ from .model.transformer import Streams
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: greedily at temperature 0, else from the top_p most probable, seeded."""
+    """How the next token is chosen: greedily at temperature 0, else drawn, seeded, from the likely ones.
+
+    top_k, top_p, min_p: keep the k most probable tokens (0: all), the fewest that sum to top_p, and those at least min_p
+    times as probable as the first. repetition: divides positive logits of tokens that were written already, multiplies
+    negative ones (1: off). presence: is taken off their logits (0: off).
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 42
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition: float = 1.0
+    presence: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -28,14 +37,26 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is not within (0, 1].\nUse 1 to keep every token.")
 
-    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+    def choose(self, logits: Tensor, written: Sequence[int], generator: torch.Generator) -> int:
         """logits (V) on the CPU in float32 -> a token id."""
+        logits = self._penalised(logits, written)
         if self.temperature == 0:
             return int(logits.argmax())
         probabilities, order = torch.softmax(logits / self.temperature, dim=-1).sort(descending=True)
         before = probabilities.cumsum(0) - probabilities
         probabilities[before >= self.top_p] = 0
+        probabilities[probabilities < self.min_p * probabilities[0]] = 0
+        if self.top_k > 0:
+            probabilities[self.top_k :] = 0
         return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+    def _penalised(self, logits: Tensor, written: Sequence[int]) -> Tensor:
+        if not written or (self.repetition == 1 and self.presence == 0):
+            return logits
+        ids, logits = torch.tensor(sorted(set(written))), logits.clone()
+        known = logits[ids]
+        logits[ids] = torch.where(known > 0, known / self.repetition, known * self.repetition) - self.presence
+        return logits
 
 
 def decode(
@@ -59,11 +80,13 @@ def decode(
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
     cache.reserve(max_new_tokens)
+    written: list[int] = []
     for step in range(max_new_tokens):
         logits = engine.model.logits(last)[0, -1, :vocabulary].float().cpu()
-        token = sampling.choose(logits, generator)
+        token = sampling.choose(logits, written, generator)
         if token == stop:
             return
+        written.append(token)
         yield token
         if step + 1 < max_new_tokens:
             last = next_states(engine, cache, token, position + step)

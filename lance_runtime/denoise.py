@@ -59,13 +59,14 @@ def check_sigmas(sigmas: Sequence[float]) -> Tensor:
     return values
 
 
-def draw_noise(context: Context, target: LatentShape, seed: int, channels: int = 48) -> Tensor:
+def draw_noise(context: Context | None, target: LatentShape, seed: int, channels: int = 48) -> Tensor:
     """Noise (C, T, H, W) as the reference draws it: on the CPU, in float32, one row a latent token of the sequence.
 
     Clean latents of the context come first in the draw and their rows are not used, so that the noise of an edit
     depends on the size of its sources.
     """
-    before = sum(s.grid.tokens for s in context.visuals if s.modality != Modality.VIT)
+    visuals = () if context is None else context.visuals
+    before = sum(visual.grid.tokens for visual in visuals if visual.modality != Modality.VIT)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(before + target.tokens, channels, generator=generator)[before:]
     return rows.T.reshape(channels, *target)

@@ -58,9 +58,13 @@ class Guidance:
 
     def acts_at(self, sigma: Tensor) -> bool:
         """Whether the other branches are run at this sigma; compared in float32, as the reference does."""
+        return self.enabled and self.within(sigma)
+
+    def within(self, sigma: Tensor) -> bool:
+        """Whether a sigma lies within the interval, whatever the scales."""
         low, high = torch.tensor(self.interval, dtype=torch.float32)
         sigma = sigma.detach().float().cpu()
-        return self.enabled and bool(low < sigma) and bool(sigma <= high)
+        return bool(low < sigma) and bool(sigma <= high)
 
     def combine(self, velocities: Sequence[Tensor], free: Tensor | None = None) -> Tensor:
         """Velocities (B, C, T, H, W) of the active branches (v, v_text, v_none) -> the guided velocity.

@@ -37,7 +37,7 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's keys and values (B, Hkv, L, d) behind the committed ones; return all up to here."""
         end = self.length + k.shape[2]
-        if k.requires_grad:  # autograd keeps what it has seen: a new tensor instead of a write in place
+        if torch.is_grad_enabled():  # autograd keeps what it has seen: a new tensor instead of a write in place
             self.layers[layer] = torch.cat([self.layers[layer][:, :, :, : self.length], torch.stack([k, v])], dim=3)
             return self.layers[layer][0], self.layers[layer][1]
         store = self.layers[layer]

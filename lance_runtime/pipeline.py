@@ -17,10 +17,11 @@ from .context import (
     Context,
     Layout,
     Segment,
+    asking,
     closing_ids,
-    generation_context,
+    drawing,
     layout,
-    question_context,
+    open_context,
     unconditional_layout,
 )
 from .decode import Sampling, decode
@@ -180,9 +181,10 @@ class LancePipeline:
             return request.context
         tokenizer, visuals = self.components.tokenizer, list(self._visuals(request))
         system = request.instruction or system_sentence(request.task, request.question)
+        context = open_context(tokenizer, system, visuals)
         if request.understands:
-            return question_context(tokenizer, system, visuals, request.question)
-        return generation_context(tokenizer, system, visuals, request.prompt)
+            return asking(tokenizer, context, request.question)
+        return drawing(tokenizer, context, request.prompt)
 
     def _visuals(self, request: Request) -> Iterator[Segment]:
         """Segments of every source, in order; i2v's image is a given frame and no segment."""

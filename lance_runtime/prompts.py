@@ -50,3 +50,11 @@ def system_sentence(task: str, question: str = "") -> str:
 def caption_sentences(task: str) -> list[str]:
     """The sentences that ask for a caption of an image (``x2t_image``) or a video (``x2t_video``)."""
     return [sentence.format(vision_type=task.removeprefix("x2t_")) for sentence in _sentences()["caption"]]
+
+
+def enhancement(style: str, prompt: str) -> str:
+    """The question that makes Lance rewrite a prompt; style: image, video, edit, or image to video."""
+    questions = _sentences()["enhance"]
+    if style not in questions:
+        raise ValueError(f"Style {style!r} is none of the {len(questions)} known ones.\nUse one of: {', '.join(questions)}.")
+    return questions[style].replace("{prompt}", prompt)

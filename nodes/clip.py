@@ -1,25 +1,58 @@
 """Lance as ComfyUI's CLIP: the MODEL's own module behind a wrapper without parameters."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
+import comfy.utils
 import torch
+from torch import Tensor
 
-from ..lance_runtime.tokenizer import LanceTokenizer
+from ..lance_runtime.context import Context, Segment, asking, layout, open_context
+from ..lance_runtime.decode import Sampling, decode
+from ..lance_runtime.engine import Engine
+from ..lance_runtime.prefill import prefill
+from ..lance_runtime.prompts import system_sentence
+from ..lance_runtime.tokenizer import IM_END, LanceTokenizer
+from .attention import comfy_attention
+from .pictures import AUTO, frames_of, preset_of
 from .recipe import CONDITIONING_KEY, Recipe
+from .vit import VisionTower
 
 TOKENS = "lance"
+GENERATE_TEXT_FPS = 24.0
 
 
 class LanceClipTokenizer:
-    """ComfyUI's tokenizer interface over ours; prompts have no weights, so brackets are letters like any other."""
+    """ComfyUI's tokenizer interface over ours; prompts have no weights, so brackets are letters like any other.
 
-    def __init__(self, tokenizer: LanceTokenizer) -> None:
-        self.tokenizer = tokenizer
+    Pictures are read here, and not while the language model is in memory: the vision tower would push it out.
+    """
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict:
-        row = [(i, 1.0, n) if return_word_ids else (i, 1.0) for n, i in enumerate(self.tokenizer.encode(text))]
-        return {TOKENS: [row], "text": text}
+    def __init__(self, tokenizer: LanceTokenizer, tower: VisionTower) -> None:
+        self.tokenizer, self.tower = tokenizer, tower
+
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, image: Tensor | None = None, video: Tensor | None = None, **options: Any
+    ) -> dict:
+        """Ids of the text, and the whole question for ``generate`` (image: a batch of images; video: 24 fps)."""
+        bare = options.get("skip_template", False)
+        ids = self.tokenizer.encode_template(text) if bare else self.tokenizer.encode(text)
+        row = [(i, 1.0, n) if return_word_ids else (i, 1.0) for n, i in enumerate(ids)]
+        return {
+            TOKENS: [row],
+            "text": text,
+            "bare": bare,
+            "visuals": list(self._read(image, video)),
+            "video": video is not None,
+        }
+
+    def _read(self, image: Tensor | None, video: Tensor | None) -> Iterator[Segment]:
+        sources = [] if image is None else [one[None] for one in image]
+        for source in [*sources, *([] if video is None else [video])]:
+            frames = frames_of(source, GENERATE_TEXT_FPS)
+            yield self.tower.encode(frames, preset_of(AUTO, frames))
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(token_ids)
@@ -34,10 +67,15 @@ class LanceTextModel(torch.nn.Module):
     owner: the shared ``LanceModel``; kept out of the module tree, so that its weights are counted once.
     """
 
-    def __init__(self, owner: torch.nn.Module) -> None:
+    def __init__(self, owner: torch.nn.Module, tower: VisionTower) -> None:
         super().__init__()
         object.__setattr__(self, "owner", owner)
+        self.tower = tower
         self.dtypes = {torch.float32}
+
+    @property
+    def tokenizer(self) -> LanceTokenizer:
+        return self.owner.tokenizer
 
     def reset_clip_options(self) -> None:
         """There are none."""
@@ -48,24 +86,81 @@ class LanceTextModel(torch.nn.Module):
     def memory_estimation_function(self, tokens: dict, device: torch.device | None = None) -> int:
         return 0
 
-    def encode_token_weights(self, tokens: dict) -> tuple[torch.Tensor, None, dict]:
-        ids = tuple(int(token[0]) for token in tokens[TOKENS][0])
-        recipe = Recipe(tokens["text"], ids)
+    def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None, dict]:
+        recipe = Recipe(tokens["text"], tuple(int(token[0]) for token in tokens[TOKENS][0]))
         return recipe.tagged(), None, {CONDITIONING_KEY: recipe}
 
     def load_sd(self, state: dict) -> tuple[list, list]:
         return [], []
 
+    def generate(
+        self,
+        tokens: dict,
+        do_sample: bool = True,
+        max_length: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        presence_penalty: float = 0.0,
+    ) -> list[int]:
+        """ComfyUI's Generate Text: an answer about the pictures, or a continuation of the text."""
+        drawn = temperature if do_sample else 0.0
+        sampling = Sampling(drawn, top_p, seed or 0, top_k, min_p, repetition_penalty, presence_penalty)
+        return list(self.answer(self._question(tokens), max_length, sampling))
 
-def make_clip(patcher: Any, tokenizer: LanceTokenizer) -> comfy.sd.CLIP:
+    @torch.no_grad()
+    def answer(self, context: Context, max_length: int, sampling: Sampling) -> Iterator[int]:
+        """Ids of an answer, with ComfyUI's progress and interruption; the weights must be loaded (``CLIP.load_model``)."""
+        device = comfy.model_management.get_torch_device()
+        engine = Engine(self.owner.diffusion_model, self.owner.get_dtype_inference(), device, comfy_attention({}))
+        bar = comfy.utils.ProgressBar(max_length)
+        sequence = layout(context)
+        cache, states = prefill(engine, sequence)
+        ids = decode(
+            engine,
+            cache,
+            states[:, -1:],
+            int(sequence.positions.max()) + 1,
+            vocabulary=len(self.tokenizer),
+            stop=self.tokenizer.special(IM_END),
+            max_new_tokens=max_length,
+            sampling=sampling,
+        )
+        for token in ids:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update(1)
+            yield token
+
+    def _question(self, tokens: dict) -> Context:
+        """The context of a question, or of bare text that brings its own template."""
+        context = open_context(self.tokenizer, "")
+        if tokens["bare"]:
+            ids = [token[0] for token in tokens[TOKENS][0]]
+            return Context((*tokens["visuals"], Segment.text(ids)), context.vision)
+        system = system_sentence("x2t_video" if tokens["video"] else "x2t_image", tokens["text"])
+        return asking(self.tokenizer, open_context(self.tokenizer, system, tokens["visuals"]), tokens["text"])
+
+
+def make_clip(patcher: Any, tower: VisionTower) -> comfy.sd.CLIP:
     """A CLIP over a clone of the MODEL's patcher: one copy of the weights, each side with LoRAs of its own."""
     clip = comfy.sd.CLIP(no_init=True)
     clip.patcher = patcher.clone()
     clip.patcher.is_clip = True
-    clip.cond_stage_model = LanceTextModel(patcher.model)
-    clip.tokenizer = LanceClipTokenizer(tokenizer)
+    clip.cond_stage_model = LanceTextModel(patcher.model, tower)
+    clip.tokenizer = LanceClipTokenizer(patcher.model.tokenizer, tower)
     clip.layer_idx = None
     clip.tokenizer_options = {}
     clip.use_clip_schedule = False
     clip.apply_hooks_to_conds = None
     return clip
+
+
+def lance_of(clip: comfy.sd.CLIP) -> LanceTextModel:
+    """The text model of a CLIP; ``ValueError`` for one that is not Lance's."""
+    model = clip.cond_stage_model
+    if not isinstance(model, LanceTextModel):
+        raise ValueError(f"This CLIP is a {type(model).__name__}, not Lance's.\nConnect the CLIP of Load Lance.")
+    return model

@@ -10,9 +10,10 @@ from .model import WEIGHT_TYPES, load_model
 from .schema import CATEGORY, io
 from .tokenizers import find_tokenizer
 from .vae import load_vae
+from .vit import AUTO as AUTO_VIT
+from .vit import VisionTower
 
 LOGGER = logging.getLogger("lance")
-AUTO_VIT = "auto"
 VARIANTS = ["auto", "image", "video"]
 
 
@@ -74,7 +75,8 @@ class LanceNativeLoader(io.ComfyNode):
         tokenizer = find_tokenizer(file)
         patcher = load_model(path, tokenizer, weight_type)
         patcher.model.variant = _variant(file, variant)
-        return io.NodeOutput(patcher, make_clip(patcher, tokenizer), load_vae(vae_path))
+        tower = VisionTower(path, vit_name, patcher.model.get_dtype_inference())
+        return io.NodeOutput(patcher, make_clip(patcher, tower), load_vae(vae_path))
 
 
 def _variant(file: TensorFile, asked: str) -> str | None:

@@ -14,12 +14,10 @@ import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ..lance_runtime.checkpoint import TensorFile, check_names, guess_variant, model_tensors
 from ..lance_runtime.config import LanceConfig
-from ..lance_runtime.context import Context, layout
 from ..lance_runtime.denoise import predict_velocity
 from ..lance_runtime.engine import Engine
 from ..lance_runtime.files import read_config
@@ -27,6 +25,7 @@ from ..lance_runtime.model.transformer import Lance, Streams
 from ..lance_runtime.prefill import Branch, branch
 from ..lance_runtime.tokenizer import LanceTokenizer
 from ..lance_runtime.types import LatentShape
+from .attention import comfy_attention
 from .recipe import CONDITIONING_KEY, Recipe
 
 WEIGHT_TYPES = {
@@ -73,23 +72,20 @@ class LanceDiffusion(Lance):
         return executor.execute(x, timesteps, context, options, **conds)
 
     def _forward(
-        self, x: Tensor, timesteps: Tensor, context: Any, options: dict, prefix: Sequence[Any] = (), **unused: Any
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Any,
+        options: dict,
+        prefix: Sequence[Any] = (),
+        moving: Tensor | None = None,
+        **unused: Any,
     ) -> Tensor:
         grid = LatentShape(*x.shape[2:])
         engine = Engine(self, x.dtype, x.device, comfy_attention(options), partial(run_layer, options, self))
         branches = [part.branch(engine, grid) if isinstance(part, Prefix) else part for part in prefix]
-        return predict_velocity(engine, x, timesteps[:, None].expand(-1, grid.frames), branches)
-
-
-def comfy_attention(options: dict) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The attention backend that ComfyUI chose, as the runtime's attention function."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return optimized_attention(
-            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options
-        )
-
-    return attention
+        times = timesteps[:, None].expand(-1, grid.frames)
+        return predict_velocity(engine, x, times if moving is None else times * moving, branches)
 
 
 def run_layer(options: dict, model: Lance, index: int, layer: Callable[[Streams], Streams], hidden: Streams) -> Streams:
@@ -109,27 +105,24 @@ def run_layer(options: dict, model: Lance, index: int, layer: Callable[[Streams]
 
 
 class Prefix:
-    """One conditioning of a sampling run: its context, and its branches once they are needed.
+    """One conditioning of a sampling run: its recipe, and its branches once they are needed.
 
     It has neither ``dtype`` nor ``to``, so that ComfyUI hands it through as it is.
     """
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
+    def __init__(self, recipe: Recipe, tokenizer: LanceTokenizer) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
         self._branches: dict[Any, Branch] = {}
-
-    def __len__(self) -> int:
-        return sum(len(segment) for segment in self.context.segments)
 
     def branch(self, engine: Engine, grid: LatentShape, hooks: Any = ()) -> Branch:
         """The branch for a latent grid (areas and context windows have grids of their own), made on first use."""
         if torch.is_grad_enabled():
-            return branch(engine, layout(self.context, grid))
+            return branch(engine, self.recipe.layout(self.tokenizer, grid))
         key = (hooks, grid, engine.dtype, engine.device)
         if key not in self._branches:
             if any(known != hooks for known, *_ in self._branches):
                 self._branches.clear()  # other weights are in place
-            self._branches[key] = branch(engine, layout(self.context, grid))
+            self._branches[key] = branch(engine, self.recipe.layout(self.tokenizer, grid))
         return self._branches[key]
 
     def clear(self) -> None:
@@ -149,7 +142,7 @@ class CONDPrefix(comfy.conds.CONDRegular):
         return [self.cond, *(other.cond for other in others)]
 
     def size(self) -> list[int]:
-        return [1, 1, len(self.cond)]
+        return [1, 1, self.cond.recipe.length]
 
 
 class LanceModel(comfy.model_base.BaseModel):
@@ -168,20 +161,32 @@ class LanceModel(comfy.model_base.BaseModel):
         return timestep / self.model_sampling.multiplier
 
     def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
-        recipe = Recipe.of(kwargs.get(CONDITIONING_KEY), kwargs.get("cross_attn"))
-        prefix = Prefix(recipe.context(self.tokenizer, LatentShape(*kwargs["noise"].shape[2:])))
+        prefix = Prefix(Recipe.of(kwargs.get(CONDITIONING_KEY), kwargs.get("cross_attn")), self.tokenizer)
         self.prefixes.append(prefix)
-        return {"prefix": CONDPrefix(prefix)}
+        conds: dict[str, comfy.conds.CONDRegular] = {"prefix": CONDPrefix(prefix)}
+        mask, latents = kwargs.get("denoise_mask"), kwargs.get("latent_image")
+        if mask is not None and latents is not None and not bool(mask.amax(dim=(1, 3, 4)).all()):
+            conds["given_mask"] = comfy.conds.CONDNoiseShape(mask[:, :1])
+            conds["given_latents"] = comfy.conds.CONDNoiseShape(latents)
+        return conds
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
         recipe = kwargs.get(CONDITIONING_KEY)
         return {} if recipe is None else {"prefix": [1, 1, recipe.length]}
 
-    def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _apply_model(
+        self, x: Tensor, t: Tensor, *args: Any, given_mask: Tensor | None = None, given_latents: Any = None, **kwargs: Any
+    ) -> Tensor:
         prefix = kwargs.get("prefix")
         if prefix is not None:
             kwargs["prefix"] = self._branches(prefix if isinstance(prefix, list) else [prefix], x)
-        return super()._apply_model(x, t, *args, **kwargs)
+        if given_mask is None:
+            return super()._apply_model(x, t, *args, **kwargs)
+        # A frame masked whole is given: it enters clean, at time 0. A mask over a part of one is plain inpainting.
+        moving = given_mask.to(x).amax(dim=(1, 3, 4)) > 0  # (B, T)
+        clean = torch.where(moving[:, None, :, None, None], x, given_latents.to(x))
+        denoised = super()._apply_model(clean, t, *args, moving=moving, **kwargs)
+        return denoised + (x - clean)  # so that x - denoised is sigma * velocity everywhere
 
     def _branches(self, prefixes: list[Prefix], x: Tensor) -> list[Any]:
         """Prefilled outside the (perhaps compiled) network; with gradients the network does it, and nothing is kept."""

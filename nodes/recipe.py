@@ -1,31 +1,38 @@
-"""What a CONDITIONING carries for Lance: a recipe of the context, no keys or values."""
+"""What a CONDITIONING carries for Lance: a recipe of a sequence, no keys or values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..lance_runtime.context import Context, generation_context
+from ..lance_runtime.context import Context, Layout, drawing, layout, open_context, unconditional_layout
 from ..lance_runtime.prompts import system_sentence
 from ..lance_runtime.tokenizer import LanceTokenizer
-from ..lance_runtime.types import LatentShape
+from ..lance_runtime.types import VISUAL_CONDITIONS, LatentShape
 
 CONDITIONING_KEY = "lance"
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """A prompt as tagged ids (CLIP Text Encode), whose system sentence waits for the target: an image's or a video's.
+    """A prompt, and the context before it.
 
-    text: the prompt itself, tokenised again as a piece of the whole sequence.
+    context: None waits for the target, whose size tells the system sentence (an image's or a video's). conditional: the
+    prompt that this one is the absence of, for the reference's "cached" positions. visuals: whether the context's visual
+    conditions are kept.
     """
 
-    text: str
+    prompt: str
     ids: tuple[int, ...]
+    context: Context | None = None
+    conditional: str | None = None
+    visuals: bool = True
 
     @property
     def length(self) -> int:
-        return len(self.ids)
+        """Tokens that ComfyUI's memory estimate should count."""
+        context = () if self.context is None else self.context.segments
+        return len(self.ids) + sum(len(segment) for segment in context)
 
     def tagged(self) -> Tensor:
         """The conditioning's tensor (1, 1 + ids, 1): no embeddings, but enough to notice a merge or a zeroing."""
@@ -40,19 +47,29 @@ class Recipe:
         """
         if recipe is None:
             raise ValueError(
-                "This conditioning was not made for Lance: it holds 0 Lance contexts, 1 is needed.\n"
+                "This conditioning was not made for Lance: it holds 0 Lance contexts where 1 is needed.\n"
                 "Use CLIP Text Encode or a Lance node with the CLIP of Load Lance."
             )
         if tagged is None or torch.count_nonzero(tagged) == 0:
-            return cls("", ())
-        if tagged.shape[1] != recipe.length + 1 or not torch.equal(tagged.float().cpu(), recipe.tagged()):
+            return replace(recipe, prompt="", ids=())
+        if tagged.shape[1] != recipe.length_of_tag or not torch.equal(tagged.float().cpu(), recipe.tagged()):
             raise ValueError(
-                f"This conditioning was merged with another one: {tagged.shape[1] - 1} tokens where {recipe.length} belong.\n"
+                f"This conditioning was merged with another: {tagged.shape[1]} entries where {recipe.length_of_tag} belong.\n"
                 "Lance cannot concatenate or average prompts; write one prompt, or use Conditioning (Combine)."
             )
         return recipe
 
-    def context(self, tokenizer: LanceTokenizer, target: LatentShape) -> Context:
-        """The whole context for a target of this size."""
-        task = "t2i" if target.frames == 1 else "t2v"
-        return generation_context(tokenizer, system_sentence(task), (), self.text)
+    @property
+    def length_of_tag(self) -> int:
+        return len(self.ids) + 1
+
+    def layout(self, tokenizer: LanceTokenizer, target: LatentShape) -> Layout:
+        """The whole sequence for a target of this size."""
+        context = self.context
+        if context is None:
+            context = open_context(tokenizer, system_sentence("t2i" if target.frames == 1 else "t2v"))
+        if not self.visuals:
+            context = context.without(*VISUAL_CONDITIONS)
+        if self.conditional and not self.prompt:
+            return unconditional_layout(drawing(tokenizer, context, self.conditional), target, "cached")
+        return layout(drawing(tokenizer, context, self.prompt), target)

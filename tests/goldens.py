@@ -57,3 +57,7 @@ def arguments(name: str) -> dict[str, Any]:
             uncond_positions=settings.pop("uncond_positions"),
         )
     return found | settings
+
+
+def tensors_of(case: dict) -> dict[str, Tensor]:
+    return tensors(next(name for name, known in CASES.items() if known is case))

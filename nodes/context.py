@@ -1,0 +1,224 @@
+"""Nodes that make contexts: pictures and words, in any order, that Lance sees before it draws or answers."""
+
+from typing import Any
+
+from ..lance_runtime.context import Context, Segment, open_context
+from ..lance_runtime.prompts import TASKS, system_sentence
+from ..lance_runtime.types import LatentShape, Modality
+from .clip import lance_of
+from .pictures import (
+    AS_IS,
+    empty_latent,
+    encode_source,
+    fps_input,
+    frames_of,
+    normalised,
+    preset_of,
+    raw_latent,
+    resolution_input,
+    source_input,
+)
+from .schema import CATEGORY, LanceContext, LanceVitTokens, io
+
+ROLES = {"edit source": Modality.EDIT_SOURCE, "subject": Modality.SUBJECT, "look": Modality.VIT}
+OWN_SYSTEM = "own"
+MAX_VISUALS = 16
+
+
+class LanceNativeViTEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeViTEncode",
+            display_name="Lance ViT Encode",
+            category=CATEGORY,
+            description="Reads a picture or clip for its meaning, as tokens for a Lance Context.",
+            search_aliases=["clip vision encode", "vision", "lance vision"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
+                source_input(tooltip="An image, several images in a row as a clip, or a video."),
+                resolution_input(),
+                fps_input(),
+            ],
+            outputs=[LanceVitTokens.Output(display_name="ViT tokens")],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, source: Any, resolution: str, fps: float) -> io.NodeOutput:
+        frames = frames_of(source, fps)
+        return io.NodeOutput(lance_of(clip).tower.encode(frames, preset_of(resolution, frames)))
+
+
+class LanceNativeVAEEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeVAEEncode",
+            display_name="Lance VAE Encode",
+            category=CATEGORY,
+            description="Encodes a picture or clip at a size that Lance was trained on.",
+            search_aliases=["vae encode", "bucket", "lance latents"],
+            inputs=[
+                io.Vae.Input("vae"),
+                source_input(tooltip="An image, several images in a row as a clip, or a video."),
+                resolution_input(AS_IS),
+                fps_input(),
+            ],
+            outputs=[
+                io.Latent.Output(),
+                io.Int.Output(display_name="width"),
+                io.Int.Output(display_name="height"),
+                io.Int.Output(display_name="frames"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, vae: Any, source: Any, resolution: str, fps: float) -> io.NodeOutput:
+        latents = encode_source(vae, frames_of(source, fps), resolution)
+        shape = LatentShape(*latents.shape[1:]).pixels()
+        return io.NodeOutput(raw_latent(latents), shape.width, shape.height, shape.frames)
+
+
+class LanceNativeContext(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        visual = io.MultiType.Input("visual", [LanceVitTokens, io.Latent], tooltip="ViT tokens, or encoded latents.")
+        return io.Schema(
+            node_id="LanceNativeContext",
+            display_name="Lance Context",
+            category=CATEGORY,
+            description="Lays pictures and words out in the order in which Lance shall see them. Chain several to interleave.",
+            search_aliases=["interleave", "multi turn", "reference", "lance prompt"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
+                io.Combo.Input(
+                    "task",
+                    options=[*TASKS, OWN_SYSTEM],
+                    default="image_edit",
+                    tooltip="Which of the trained system sentences opens the context; 'own' takes the text below.",
+                ),
+                io.Combo.Input(
+                    "role",
+                    options=list(ROLES),
+                    default="edit source",
+                    tooltip="What latents are for: the picture to change ('edit source') or something to keep ('subject'). "
+                    "ViT tokens are looked at, whatever the role.",
+                ),
+                io.String.Input(
+                    "text", multiline=True, default="", tooltip="Words behind the visuals of this node; may be empty."
+                ),
+                io.Autogrow.Input(
+                    "visuals",
+                    template=io.Autogrow.TemplatePrefix(visual, prefix="visual_", min=0, max=MAX_VISUALS),
+                    optional=True,
+                    tooltip="Give each picture to Lance ViT Encode and to Lance VAE Encode, and connect both, ViT first.",
+                ),
+                LanceContext.Input("context", optional=True, tooltip="A context to go on with; its system sentence stays."),
+                io.String.Input("system", multiline=True, default="", tooltip="For 'own'.", advanced=True),
+            ],
+            outputs=[LanceContext.Output(display_name="context")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip: Any,
+        task: str,
+        role: str,
+        text: str,
+        system: str,
+        visuals: dict | None = None,
+        context: Context | None = None,
+    ) -> io.NodeOutput:
+        tokenizer = lance_of(clip).tokenizer
+        if context is None:
+            sentence = system if task == OWN_SYSTEM else system_sentence(task, "?" if task.startswith("x2t") else "")
+            context = open_context(tokenizer, sentence)
+        context = context.extended(_segment(visual, role) for visual in (visuals or {}).values() if visual is not None)
+        return io.NodeOutput(context.with_text(tokenizer.encode(text)) if text else context)
+
+
+def _segment(visual: Any, role: str) -> Segment:
+    if isinstance(visual, Segment):
+        return visual
+    if ROLES[role] == Modality.VIT:
+        raise ValueError(
+            "The role 'look' takes ViT tokens, and got latents of 48 channels.\nUse Lance ViT Encode, or another role."
+        )
+    return Segment.latents(normalised(visual), ROLES[role])
+
+
+def _both_streams(clip: Any, vae: Any, source: Any, resolution: str, fps: float, role: Modality) -> list[Segment]:
+    """A picture as the reference gives it to a task that draws: ViT tokens, then clean latents."""
+    frames = frames_of(source, fps)
+    preset = preset_of(resolution, frames)
+    return [lance_of(clip).tower.encode(frames, preset), Segment.latents(encode_source(vae, frames, preset), role)]
+
+
+class LanceNativeEdit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        images = io.Autogrow.TemplatePrefix(
+            io.Image.Input("image", tooltip="A picture to change."), "image_", min=0, max=MAX_VISUALS
+        )
+        return io.Schema(
+            node_id="LanceNativeEdit",
+            display_name="Lance Edit",
+            category=CATEGORY,
+            description="Pictures or a video to change, and the latent to begin with. Say the change in the prompt.",
+            search_aliases=["edit image", "edit video", "instruct", "kontext", "image to image"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
+                io.Vae.Input("vae"),
+                io.Autogrow.Input("images", template=images, optional=True, tooltip="Several: the last one gives the size."),
+                io.Video.Input("video", optional=True, tooltip="A clip to change: 6 s at most, seen at 12 frames a second."),
+                resolution_input(),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Results to draw at once."),
+            ],
+            outputs=[LanceContext.Output(display_name="context"), io.Latent.Output(display_name="latent")],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: Any, vae: Any, resolution: str, batch_size: int, images: dict | None = None, video: Any = None
+    ) -> io.NodeOutput:
+        sources = [image[:1] for image in (images or {}).values() if image is not None]
+        sources += [] if video is None else [video]
+        if not sources:
+            raise ValueError("Lance Edit has 0 pictures to change; it needs 1 or more.\nConnect an image or a video.")
+        task = "image_edit" if video is None else "video_edit"
+        parts = [_both_streams(clip, vae, source, resolution, 24.0, Modality.EDIT_SOURCE) for source in sources]
+        context = open_context(lance_of(clip).tokenizer, system_sentence(task), [s for part in parts for s in part])
+        return io.NodeOutput(context, empty_latent(context.segments[-1].grid, batch_size))
+
+
+class LanceNativeSubject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        images = io.Autogrow.TemplatePrefix(
+            io.Image.Input("image", tooltip="A subject to keep."), "image_", min=1, max=MAX_VISUALS
+        )
+        return io.Schema(
+            node_id="LanceNativeSubject",
+            display_name="Lance Subject",
+            category=CATEGORY,
+            description="Subjects to show in a new picture or video. Say the new scene in the prompt; begin with any latent.",
+            search_aliases=["reference image", "subject", "character", "ip adapter", "identity"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
+                io.Vae.Input("vae"),
+                io.Autogrow.Input("images", template=images, tooltip="One picture a subject; many tend to melt into one."),
+                resolution_input(),
+            ],
+            outputs=[LanceContext.Output(display_name="context")],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, vae: Any, resolution: str, images: dict) -> io.NodeOutput:
+        parts = [
+            _both_streams(clip, vae, image[:1], resolution, 24.0, Modality.SUBJECT)
+            for image in images.values()
+            if image is not None
+        ]
+        system = system_sentence("subject_image")
+        return io.NodeOutput(open_context(lance_of(clip).tokenizer, system, [s for part in parts for s in part]))

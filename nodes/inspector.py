@@ -1,0 +1,124 @@
+"""Lance Context Inspector: a picture of the sequence, and the same in words."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..lance_runtime.context import Context, Layout, Mode, drawing, layout
+from ..lance_runtime.types import LatentShape, Modality
+from .clip import LanceTextModel, lance_of
+from .schema import CATEGORY, LanceContext, io
+
+WIDTH, MARGIN, STRIP, ROW = 960, 24, 56, 30
+COLOURS = {
+    Modality.TEMPLATE: (148, 148, 160),
+    Modality.PROMPT: (90, 150, 230),
+    Modality.TARGET: (235, 140, 60),
+    Modality.EDIT_SOURCE: (110, 180, 90),
+    Modality.SUBJECT: (190, 110, 190),
+    Modality.VIT: (230, 200, 80),
+}
+NAMES = {
+    Modality.TEMPLATE: "text",
+    Modality.PROMPT: "prompt",
+    Modality.TARGET: "target",
+    Modality.EDIT_SOURCE: "edit source",
+    Modality.SUBJECT: "subject",
+    Modality.VIT: "ViT",
+}
+
+
+class LanceNativeContextInspector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeContextInspector",
+            display_name="Lance Context Inspector",
+            category=CATEGORY,
+            description="Shows what Lance sees: the segments of the sequence, which expert reads them, where they stand, and "
+            "what they cost.",
+            search_aliases=["debug", "tokens", "sequence", "attention", "memory"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
+                LanceContext.Input("context"),
+                io.String.Input("prompt", multiline=True, default=""),
+                io.Latent.Input("latent", optional=True, tooltip="The latent to begin with: shows the target too."),
+            ],
+            outputs=[io.Image.Output(display_name="picture"), io.String.Output(display_name="text")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, context: Context, prompt: str, latent: dict | None = None) -> io.NodeOutput:
+        lance = lance_of(clip)
+        target = None if latent is None else LatentShape(*latent["samples"].shape[2:])
+        sequence = layout(drawing(lance.tokenizer, context, prompt), target)
+        text = describe(sequence, lance)
+        picture = torch.from_numpy(np.asarray(draw(sequence, text))).float().div(255)[None]
+        return io.NodeOutput(picture, text, ui={"text": [text]})
+
+
+def describe(sequence: Layout, lance: LanceTextModel) -> str:
+    """The sequence in words: one line a segment, then totals."""
+    lines, start = [], 0
+    for split in sequence.splits:
+        segment = split.segment
+        expert = "understanding" if segment.mode in (Mode.CAUSAL, Mode.FULL) else "generation"
+        low, high = split.positions.min(dim=1).values.tolist(), split.positions.max(dim=1).values.tolist()
+        place = ", ".join(f"{axis} {a}-{b}" for axis, a, b in zip("thw", low, high, strict=True))
+        grid = f" {tuple(segment.grid)}" if segment.is_visual else ""
+        lines.append(
+            f"{start}: {NAMES[segment.modality]}{grid}, {len(split)} tokens, {expert} expert, {segment.mode.value}, {place}"
+        )
+        start += len(split)
+    prefix = sum(len(split) for split in sequence.prefix)
+    return "\n".join([*lines, f"{start} tokens, {prefix} before the target; cache {cache_megabytes(lance, prefix):.1f} MB"])
+
+
+def cache_megabytes(lance: LanceTextModel, tokens: int) -> float:
+    """Keys and values of a prefix in the type that the model computes in."""
+    config, size = lance.owner.diffusion_model.config, lance.owner.get_dtype_inference().itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size * tokens / 2**20
+
+
+def draw(sequence: Layout, text: str) -> Image.Image:
+    """A strip of coloured segments over the lines of the description, and who sees whom as a matrix."""
+    lines, font = text.split("\n"), ImageFont.load_default(13)
+    side = 220
+    image = Image.new("RGB", (WIDTH, 2 * MARGIN + STRIP + ROW + ROW * len(lines) + side), (32, 33, 38))
+    pen = ImageDraw.Draw(image)
+    edges = _edges(sequence, WIDTH - 2 * MARGIN)
+    for split, (left, right) in zip(sequence.splits, edges, strict=True):
+        box = (MARGIN + left, MARGIN, MARGIN + max(right - 1, left + 1), MARGIN + STRIP)
+        pen.rectangle(box, fill=COLOURS[split.segment.modality])
+    for index, line in enumerate(lines):
+        top = MARGIN + STRIP + 12 + ROW * index
+        if index < len(sequence.splits):
+            pen.rectangle((MARGIN, top + 2, MARGIN + 12, top + 14), fill=COLOURS[sequence.splits[index].segment.modality])
+        pen.text((MARGIN + 22, top), line, fill=(226, 226, 232), font=font)
+    _draw_matrix(pen, sequence, (MARGIN, MARGIN + STRIP + 12 + ROW * len(lines)), side - MARGIN)
+    return image
+
+
+def _edges(sequence: Layout, width: int) -> list[tuple[int, int]]:
+    """Left and right of every segment; square roots of the lengths, so that a prompt is seen beside a picture."""
+    sizes = [len(split) ** 0.5 for split in sequence.splits]
+    ends = np.cumsum(sizes) / sum(sizes) * width
+    return [(round(end - size / sum(sizes) * width), round(end)) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _draw_matrix(pen: ImageDraw.ImageDraw, sequence: Layout, corner: tuple[int, int], side: int) -> None:
+    """Rows see columns: everything before, and within a causal segment only what came first."""
+    edges = _edges(sequence, side)
+    pen.rectangle((*corner, corner[0] + side, corner[1] + side), outline=(90, 90, 100))
+    for row, (split, (top, bottom)) in enumerate(zip(sequence.splits, edges, strict=True)):
+        colour = COLOURS[split.segment.modality]
+        for left, right in edges[:row]:
+            pen.rectangle((corner[0] + left, corner[1] + top, corner[0] + right, corner[1] + bottom), fill=colour)
+        left, right = edges[row]
+        corners = [(left, top), (left, bottom), (right, bottom)]
+        if split.segment.mode != Mode.CAUSAL:
+            corners.append((right, top))
+        pen.polygon([(corner[0] + x, corner[1] + y) for x, y in corners], fill=colour)

@@ -1,0 +1,168 @@
+"""Nodes that make the latent to begin with: empty, or with frames that are given."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..lance_runtime.types import TEMPORAL_STRIDE, LatentShape, PixelShape
+from ..lance_runtime.visuals import encode_given
+from .pictures import FORMAT, empty_latent, encode, frames_of
+from .schema import CATEGORY, io
+
+CUSTOM = "custom"
+VIDEO_FPS = 12
+# Published sizes, width x height: images up to 768 x 768, video at 480p and 360p; the second half is upright.
+LANDSCAPE = {
+    "image": {"21:9": (1168, 496), "16:9": (1024, 576), "3:2": (944, 624), "4:3": (880, 672), "1:1": (768, 768)},
+    "480p": {"21:9": (976, 416), "16:9": (848, 480), "3:2": (784, 528), "4:3": (736, 560), "1:1": (640, 640)},
+    "360p": {"21:9": (672, 288), "16:9": (640, 352), "3:2": (528, 352), "4:3": (560, 416), "1:1": (480, 480)},
+}
+
+
+def _sizes() -> dict[str, tuple[int, int]]:
+    sizes = {}
+    for kind, ratios in LANDSCAPE.items():
+        for ratio, (width, height) in ratios.items():
+            sizes[f"{kind} {ratio}"] = (width, height)
+            if width != height:
+                sizes[f"{kind} {':'.join(reversed(ratio.split(':')))}"] = (height, width)
+    return sizes
+
+
+SIZES = _sizes()
+
+
+def frames_for(frames: int, seconds: float) -> int:
+    """Frames of a clip, rounded down to 4k + 1; seconds, where not 0, count at 12 a second."""
+    wanted = round(seconds * VIDEO_FPS) + 1 if seconds > 0 else frames
+    return (wanted - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+
+
+class LanceNativeEmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeEmptyLatent",
+            display_name="Empty Lance Latent",
+            category=CATEGORY,
+            description="An empty latent at a size that Lance was trained on; one frame is a picture.",
+            search_aliases=["empty latent", "size", "aspect ratio", "resolution"],
+            inputs=[
+                io.Combo.Input(
+                    "size",
+                    options=[*SIZES, CUSTOM],
+                    default="image 1:1",
+                    tooltip="Trained sizes by aspect ratio; 'custom' takes width and height.",
+                ),
+                io.Int.Input("width", default=768, min=16, max=4096, step=16, tooltip="For 'custom'."),
+                io.Int.Input("height", default=768, min=16, max=4096, step=16, tooltip="For 'custom'."),
+                io.Int.Input(
+                    "frames", default=1, min=1, max=1201, step=4, tooltip="4k+1 at 12 a second; trained up to 121 (10 s)."
+                ),
+                io.Float.Input(
+                    "seconds",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.25,
+                    tooltip="Instead of frames, where above 0.",
+                    advanced=True,
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64),
+            ],
+            outputs=[
+                io.Latent.Output(),
+                io.Int.Output(display_name="width"),
+                io.Int.Output(display_name="height"),
+                io.Int.Output(display_name="frames"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, size: str, width: int, height: int, frames: int, seconds: float, batch_size: int) -> io.NodeOutput:
+        width, height = SIZES.get(size, (width, height))
+        shape = PixelShape(frames_for(frames, seconds), height, width)
+        return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames)
+
+
+class LanceNativeVideoStart(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeVideoStart",
+            display_name="Lance Video Start",
+            category=CATEGORY,
+            description="A video of which some frames are given: the first, the last, any other, or a clip to go on with.",
+            search_aliases=["image to video", "first frame", "last frame", "continue video", "i2v", "flf2v"],
+            inputs=[
+                io.Vae.Input("vae"),
+                io.Latent.Input("latent", tooltip="The size and length of the video (Empty Lance Latent)."),
+                io.Image.Input("first", optional=True, tooltip="The picture that the video begins with."),
+                io.Image.Input("last", optional=True, tooltip="The picture that it ends with."),
+                io.Image.Input("middle", optional=True, tooltip="A picture on the way, at 'middle_at'."),
+                io.Image.Input(
+                    "continue_from", optional=True, tooltip="Frames of a clip at 12 a second: its end is the beginning."
+                ),
+                io.Float.Input(
+                    "middle_at",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="0 is the beginning, 1 the end.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "overlap", default=9, min=1, max=121, step=4, tooltip="Frames kept of 'continue_from', 4k+1.", advanced=True
+                ),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vae: Any,
+        latent: dict,
+        middle_at: float,
+        overlap: int,
+        first: Tensor | None = None,
+        last: Tensor | None = None,
+        middle: Tensor | None = None,
+        continue_from: Tensor | None = None,
+    ) -> io.NodeOutput:
+        grid, batch = LatentShape(*latent["samples"].shape[2:]), latent["samples"].shape[0]
+        pictures = _continued(continue_from, overlap) if continue_from is not None else {}
+        for index, picture in ((0, first), (round(middle_at * (grid.frames - 1)), middle), (grid.frames - 1, last)):
+            if picture is not None:
+                pictures[index] = frames_of(picture[:1])
+        if not pictures:
+            raise ValueError(
+                "Lance Video Start has 0 given frames; it needs 1 or more.\nConnect a picture, or leave the node out."
+            )
+        given = encode_given(pictures, grid, lambda pixels: encode(vae, pixels))
+        return io.NodeOutput(_with_given(grid, batch, given.frames, given.latents))
+
+
+def _continued(clip: Tensor, overlap: int) -> dict[int, Any]:
+    """The end of a clip as latent frames: the first is one picture, each later one four."""
+    kept = min(overlap, clip.shape[0])
+    kept = (kept - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+    frames = clip[-kept:].float().cpu().clamp(0, 1)[..., :3].mul(255).round().to(torch.uint8).numpy()
+    pictures = {0: frames[:1]}
+    for index in range(1, math.ceil((kept - 1) / TEMPORAL_STRIDE) + 1):
+        start = 1 + (index - 1) * TEMPORAL_STRIDE
+        pictures[index] = frames[start : start + TEMPORAL_STRIDE]
+    return pictures
+
+
+def _with_given(grid: LatentShape, batch: int, frames: list[int], latents: Tensor) -> dict[str, Any]:
+    """A LATENT whose noise mask (1 is drawn, 0 is given) leaves the given frames alone."""
+    values = torch.zeros(1, FORMAT.latent_channels, *grid)
+    values[:, :, frames] = latents
+    mask = torch.ones(1, 1, *grid)
+    mask[:, :, frames] = 0
+    start = empty_latent(grid, batch)
+    return {**start, "samples": FORMAT.process_out(values).repeat(batch, 1, 1, 1, 1), "noise_mask": mask}

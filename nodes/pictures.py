@@ -1,0 +1,124 @@
+"""ComfyUI's pictures and latents <-> the runtime's."""
+
+from typing import Any
+
+import comfy.latent_formats
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..lance_runtime.preprocess import fitted_pixels, presets, sample_frames, vae_pixels, vae_size
+from ..lance_runtime.types import SPATIAL_STRIDE, TEMPORAL_STRIDE, LatentShape
+from .schema import io
+
+AUTO = "auto"
+AS_IS = "as is"
+RESOLUTIONS = [AUTO, *presets()]
+FORMAT = comfy.latent_formats.Wan22()
+FPS = 24.0
+
+
+def is_video(source: Any) -> bool:
+    """VIDEO is an object with components; IMAGE is a tensor."""
+    return hasattr(source, "get_components")
+
+
+def frames_of(source: Any, fps: float = FPS) -> np.ndarray:
+    """IMAGE (T, H, W, C) in 0..1, or VIDEO -> uint8 (T, H, W, 3); clips are sampled as the model was trained.
+
+    A single image is one frame; several images are a clip at ``fps``. Transparency is laid on white.
+    """
+    if is_video(source):
+        parts = source.get_components()
+        images, fps = parts.images, float(parts.frame_rate)
+    else:
+        images = source
+    pixels = images.float().cpu().clamp(0, 1)
+    if pixels.shape[-1] == 4:
+        pixels = pixels[..., :3] * pixels[..., 3:] + (1 - pixels[..., 3:])
+    frames = pixels.mul(255).round().to(torch.uint8).numpy()
+    return frames[sample_frames(len(frames), fps)] if len(frames) > 1 else frames
+
+
+def preset_of(resolution: str, frames: np.ndarray) -> str:
+    """The resolution asked for; "auto" is the largest trained one for an image or a clip."""
+    if resolution != AUTO:
+        return resolution
+    return "image_768res" if len(frames) == 1 else "video_480p"
+
+
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Pixels (3, T, H, W) in [-1, 1] -> normalised latents (48, t, h, w), by ComfyUI's VAE."""
+    raw = vae.encode(pixels.movedim(0, -1).add(1).div(2))
+    if raw.ndim != 5 or raw.shape[1] != FORMAT.latent_channels:
+        raise ValueError(
+            f"This VAE makes latents of {raw.shape[1]} channels; Lance needs {FORMAT.latent_channels}.\n"
+            "Use the VAE of Load Lance, or wan2.2_vae.safetensors."
+        )
+    return FORMAT.process_in(raw.float().cpu())[0]
+
+
+def encode_source(vae: Any, frames: np.ndarray, resolution: str) -> Tensor:
+    """A source's normalised latents, cut and scaled to its bucket, or "as is" (cut to multiples of 16)."""
+    if resolution == AS_IS:
+        height, width = (size // SPATIAL_STRIDE * SPATIAL_STRIDE for size in frames.shape[1:3])
+        return encode(vae, fitted_pixels(frames, (max(height, SPATIAL_STRIDE), max(width, SPATIAL_STRIDE))))
+    return encode(vae, vae_pixels(frames, preset_of(resolution, frames)))
+
+
+def source_grid(frames: np.ndarray, resolution: str) -> LatentShape:
+    """The latent grid that a source encodes to."""
+    height, width = vae_size(frames.shape[1], frames.shape[2], preset_of(resolution, frames))
+    return LatentShape((len(frames) - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+
+
+def raw_latent(latents: Tensor) -> dict[str, Any]:
+    """Normalised latents (48, t, h, w) as ComfyUI's LATENT."""
+    return {"samples": FORMAT.process_out(latents[None])}
+
+
+def normalised(latent: dict[str, Any]) -> Tensor:
+    """A LATENT's first sample as normalised latents (48, t, h, w); ``ValueError`` for those of another model."""
+    samples = latent["samples"]
+    samples = samples[:, :, None] if samples.ndim == 4 else samples
+    if samples.shape[1] != FORMAT.latent_channels:
+        raise ValueError(
+            f"These latents have {samples.shape[1]} channels; Lance's have {FORMAT.latent_channels}.\n"
+            "Encode the picture with the VAE of Load Lance."
+        )
+    return FORMAT.process_in(samples.float().cpu())[0]
+
+
+def empty_latent(grid: LatentShape, batch: int = 1) -> dict[str, Any]:
+    """A LATENT to start from, in ComfyUI's terms of how it relates to pixels."""
+    return {
+        "samples": torch.zeros(batch, FORMAT.latent_channels, *grid),
+        "downscale_ratio_spacial": SPATIAL_STRIDE,
+        "downscale_ratio_temporal": TEMPORAL_STRIDE,
+    }
+
+
+def source_input(name: str = "source", optional: bool = False, tooltip: str = "") -> io.MultiType.Input:
+    return io.MultiType.Input(name, [io.Image, io.Video], optional=optional, tooltip=tooltip)
+
+
+def resolution_input(*more: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        "resolution",
+        options=[*RESOLUTIONS, *more],
+        default=AUTO,
+        tooltip="Size class that the source is cut and scaled to: the bucket with the nearest aspect ratio, as in "
+        "training. 'auto' takes image_768res for an image and video_480p for a clip.",
+    )
+
+
+def fps_input() -> io.Float.Input:
+    return io.Float.Input(
+        "fps",
+        default=FPS,
+        min=1.0,
+        max=240.0,
+        step=0.01,
+        tooltip="Frames per second of several IMAGEs in a row; a VIDEO brings its own. Lance sees 12 a second, 6 s at most.",
+        advanced=True,
+    )

@@ -1,0 +1,289 @@
+"""Nodes around the sampler: conditioning, guidance, schedule, noise, and all of it in one."""
+
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ..lance_runtime.context import Context
+from ..lance_runtime.denoise import draw_noise, flow_sigmas
+from ..lance_runtime.guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
+from ..lance_runtime.types import LatentShape
+from .clip import lance_of
+from .conditioning import conditionings
+from .guidance import patched
+from .schema import CATEGORY, LanceContext, io
+
+PROMPT = "Long, literal prompts that name camera and motion work best."
+NEGATIVE = "What to keep away from. Empty, as in training: no prompt at all."
+CONTEXT = "Pictures that the prompt refers to (Lance Edit, Lance Subject, Lance Context). Without it: text only."
+POSITIONS = "Where the text behind a missing prompt stands: 'cached' is the reference's default path, 'dense' its other one."
+
+
+class LanceNativeConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeConditioning",
+            display_name="Lance Conditioning",
+            category=CATEGORY,
+            description="A prompt, with the pictures it refers to, as positive and negative conditioning for any sampler.",
+            search_aliases=["lance prompt", "lance text encode", "lance conditioning"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True, default="", tooltip=PROMPT),
+                io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", tooltip=NEGATIVE),
+                LanceContext.Input("context", optional=True, tooltip=CONTEXT),
+                io.Combo.Input(
+                    "uncond_positions", options=list(UNCOND_POSITIONS), default="cached", tooltip=POSITIONS, advanced=True
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative", tooltip="Without the prompt; the pictures stay."),
+                io.Conditioning.Output(
+                    display_name="without visuals",
+                    tooltip="Without prompt and pictures: 'negative' of Dual CFG Guider, to guide by the pictures too.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: Any, prompt: str, negative_prompt: str, uncond_positions: str, context: Context | None = None
+    ) -> io.NodeOutput:
+        return io.NodeOutput(*conditionings(lance_of(clip), context, prompt, negative_prompt, uncond_positions))
+
+
+class LanceNativeGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeGuidance",
+            display_name="Lance Guidance",
+            category=CATEGORY,
+            description="Lance's own way of guidance, for any sampler: only while the noise is high, and without overshooting. "
+            "The scale itself is the sampler's cfg: use 4.",
+            search_aliases=["cfg interval", "cfg renorm", "guidance interval", "lance cfg"],
+            inputs=[
+                io.Model.Input("model"),
+                *guidance_inputs(),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, interval_start: float, interval_end: float, renorm: str, renorm_min: float) -> io.NodeOutput:
+        guidance = Guidance(interval=(interval_start, interval_end), renorm=renorm, renorm_min=renorm_min)
+        return io.NodeOutput(patched(model, guidance))
+
+    @classmethod
+    def validate_inputs(cls, interval_start: float, interval_end: float) -> bool | str:
+        if interval_start > interval_end:
+            return f"interval_start {interval_start} lies above interval_end {interval_end}. The default is 0.4 to 1."
+        return True
+
+
+def guidance_inputs(advanced: bool = False) -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "interval_start",
+            default=0.4,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Guidance acts above this noise level (sigma); below it the unconditional pass is saved.",
+            advanced=advanced,
+        ),
+        io.Float.Input(
+            "interval_end",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Guidance acts up to this noise level (sigma).",
+            advanced=advanced,
+        ),
+        io.Combo.Input(
+            "renorm",
+            options=list(RENORM_KINDS),
+            default="global",
+            tooltip="Scale the guided prediction down to the unguided one's size: over the whole picture ('global'), for each "
+            "place ('channel'), or not ('none'). Prevents burnt colours.",
+            advanced=advanced,
+        ),
+        io.Float.Input(
+            "renorm_min",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Least factor that the renorm may apply; 1 turns it off.",
+            advanced=True,
+        ),
+    ]
+
+
+class LanceNativeScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeScheduler",
+            display_name="Lance Scheduler",
+            category=CATEGORY,
+            description="The reference's own schedule, exact for every number of steps.",
+            search_aliases=["sigmas", "shift", "lance sigmas"],
+            inputs=[
+                io.Int.Input("steps", default=30, min=1, max=1000, tooltip="30 is the model's own; the benchmarks use 50."),
+                io.Float.Input(
+                    "shift",
+                    default=3.5,
+                    min=0.01,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How long the steps stay at high noise. 3.5 is the model's own (3 for VBench's videos).",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1, begin inside the schedule, from a picture that is already there.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, steps: int, shift: float, denoise: float) -> io.NodeOutput:
+        return io.NodeOutput(schedule(steps, shift, denoise))
+
+
+def schedule(steps: int, shift: float, denoise: float) -> Tensor:
+    """The last ``steps`` steps of a schedule of steps / denoise, as ComfyUI's schedulers do it."""
+    if denoise <= 0:
+        return torch.FloatTensor([])
+    return flow_sigmas(max(steps, int(steps / denoise)), shift)[-(steps + 1) :]
+
+
+class LanceNoise:
+    """ComfyUI's NOISE interface: the reference's draw, for each sample of a batch with a seed of its own."""
+
+    def __init__(self, seed: int, context: Context | None) -> None:
+        self.seed, self.context = seed, context
+
+    def generate_noise(self, input_latent: dict) -> Tensor:
+        samples = input_latent["samples"]
+        channels, grid = samples.shape[1], LatentShape(*samples.shape[2:])
+        indices = input_latent.get("batch_index", range(samples.shape[0]))
+        drawn = [draw_noise(self.context, grid, self.seed + index, channels) for index in indices]
+        return torch.stack(drawn)
+
+
+class LanceNativeNoise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeNoise",
+            display_name="Lance Noise",
+            category=CATEGORY,
+            description="Noise as the reference draws it, so that a seed gives the reference's picture.",
+            search_aliases=["random noise", "seed", "lance seed"],
+            inputs=[
+                io.Int.Input("noise_seed", default=42, min=0, max=2**64 - 1, control_after_generate=True),
+                LanceContext.Input(
+                    "context",
+                    optional=True,
+                    tooltip="The reference draws noise for the pictures of the context too, before that of the target. "
+                    "Connect it to repeat the reference's edits.",
+                ),
+            ],
+            outputs=[io.Noise.Output()],
+        )
+
+    @classmethod
+    def execute(cls, noise_seed: int, context: Context | None = None) -> io.NodeOutput:
+        return io.NodeOutput(LanceNoise(noise_seed, context))
+
+
+class LanceNativeSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeSampler",
+            display_name="Lance Sampler",
+            category=CATEGORY,
+            description="Draws with the reference's own settings in one node: conditioning, guidance, schedule, noise, steps.",
+            search_aliases=["ksampler", "generate", "lance generate", "text to image", "edit image"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.Latent.Input("latent", tooltip="What to begin with: its size, and its frames where it has a noise mask."),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True, default="", tooltip=PROMPT),
+                io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", tooltip=NEGATIVE),
+                LanceContext.Input("context", optional=True, tooltip=CONTEXT),
+                io.Int.Input("seed", default=42, min=0, max=2**64 - 1, control_after_generate=True),
+                io.Int.Input("steps", default=30, min=1, max=1000, tooltip="30 is the model's own; the benchmarks use 50."),
+                io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="4 is the model's own; 1 is off."),
+                io.Float.Input("shift", default=3.5, min=0.01, max=100.0, step=0.01, advanced=True),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True),
+                *guidance_inputs(advanced=True),
+                io.Combo.Input(
+                    "uncond_positions", options=list(UNCOND_POSITIONS), default="cached", tooltip=POSITIONS, advanced=True
+                ),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        latent: dict,
+        prompt: str,
+        negative_prompt: str,
+        seed: int,
+        steps: int,
+        cfg: float,
+        shift: float,
+        denoise: float,
+        uncond_positions: str,
+        context: Context | None = None,
+        **guidance: Any,
+    ) -> io.NodeOutput:
+        positive, negative, _ = conditionings(lance_of(clip), context, prompt, negative_prompt, uncond_positions)
+        interval = guidance.pop("interval_start"), guidance.pop("interval_end")
+        guider = comfy.samplers.CFGGuider(patched(model, Guidance(interval=interval, **guidance)))
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(sample(guider, latent, LanceNoise(seed, context), schedule(steps, shift, denoise)))
+
+    @classmethod
+    def validate_inputs(cls, interval_start: float, interval_end: float) -> bool | str:
+        return LanceNativeGuidance.validate_inputs(interval_start, interval_end)
+
+
+def sample(guider: Any, latent: dict, noise: LanceNoise, sigmas: Tensor) -> dict:
+    """Euler steps through ComfyUI's own sampler, with its previews, progress and interruption."""
+    ratios = (latent.get(f"downscale_ratio_{axis}") for axis in ("spacial", "temporal"))
+    samples = comfy.sample.fix_empty_latent_channels(guider.model_patcher, latent["samples"], *ratios)
+    start = {**latent, "samples": samples}
+    drawn = guider.sample(
+        noise.generate_noise(start),
+        samples,
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=noise.seed,
+    )
+    kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
+    return {**kept, "samples": drawn.to(comfy.model_management.intermediate_device())}

@@ -1,0 +1,168 @@
+"""Nodes that make Lance speak: questions about pictures, and better prompts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from server import PromptServer
+from torch import Tensor
+
+from ..lance_runtime.context import Context, asking, open_context
+from ..lance_runtime.decode import Sampling
+from ..lance_runtime.grounding import find_boxes
+from ..lance_runtime.preprocess import vit_size
+from ..lance_runtime.prompts import enhancement, system_sentence
+from .clip import LanceTextModel, lance_of
+from .pictures import frames_of, preset_of, resolution_input
+from .schema import CATEGORY, LanceContext, io
+
+
+def speak(clip: Any, context: Context, length: int, sampling: Sampling, node: str | None) -> str:
+    """An answer, written into the node as it comes."""
+    lance = lance_of(clip)
+    clip.load_model()
+    text = ""
+    for text in _texts(lance, lance.answer(context, length, sampling)):
+        if node is not None:
+            PromptServer.instance.send_progress_text(text, node)
+    return text
+
+
+def _texts(lance: LanceTextModel, ids: Iterator[int]) -> Iterator[str]:
+    written: list[int] = []
+    for token in ids:
+        written.append(token)
+        yield lance.tokenizer.decode(written)
+
+
+def sampling_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input("max_length", default=256, min=1, max=4096, tooltip="Tokens at most; an answer usually ends by itself."),
+        io.Float.Input(
+            "temperature",
+            default=0.0,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            tooltip="0 always says the likeliest; higher is freer.",
+            advanced=True,
+        ),
+        io.Float.Input("top_p", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="Leaves unlikely words out.", advanced=True),
+        io.Int.Input("seed", default=42, min=0, max=2**64 - 1, tooltip="For a temperature above 0.", advanced=True),
+    ]
+
+
+class LanceNativeAsk(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        images = io.Autogrow.TemplatePrefix(io.Image.Input("image"), "image_", min=0, max=16)
+        return io.Schema(
+            node_id="LanceNativeAsk",
+            display_name="Lance Ask",
+            category=CATEGORY,
+            description="Asks about pictures or a video; without a question it describes them. The answer appears in the node "
+            "as it is written. Boxes that the answer names come out as boxes and as a mask.",
+            search_aliases=["caption", "vqa", "describe", "question", "ocr", "grounding", "detect", "interrogate"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
+                io.String.Input("question", multiline=True, dynamic_prompts=True, default="", tooltip="Empty: a description."),
+                io.Autogrow.Input("images", template=images, optional=True, tooltip="One or more pictures."),
+                io.Video.Input("video", optional=True, tooltip="A clip: 6 s at most are seen, at 12 frames a second."),
+                LanceContext.Input("context", optional=True, tooltip="Instead of pictures: a context of your own."),
+                resolution_input(),
+                *sampling_inputs(),
+            ],
+            outputs=[
+                io.String.Output(display_name="answer"),
+                io.BoundingBox.Output(display_name="boxes"),
+                io.Mask.Output(display_name="mask"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip: Any,
+        question: str,
+        resolution: str,
+        max_length: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        images: dict | None = None,
+        video: Any = None,
+        context: Context | None = None,
+    ) -> io.NodeOutput:
+        sources = [image[:1] for image in (images or {}).values() if image is not None] + ([] if video is None else [video])
+        if context is None:
+            context = _seen(clip, sources, resolution, system_sentence("x2t_image" if video is None else "x2t_video", question))
+        asked = asking(lance_of(clip).tokenizer, context, question)
+        answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), cls.hidden.unique_id)
+        boxes, mask = _boxes(clip, answer, sources, resolution)
+        return io.NodeOutput(answer, boxes, mask, ui={"text": [answer]})
+
+
+def _seen(clip: Any, sources: list[Any], resolution: str, system: str) -> Context:
+    lance = lance_of(clip)
+    frames = [frames_of(source) for source in sources]
+    return open_context(lance.tokenizer, system, [lance.tower.encode(one, preset_of(resolution, one)) for one in frames])
+
+
+def _boxes(clip: Any, answer: str, sources: list[Any], resolution: str) -> tuple[list[dict], Tensor]:
+    """Boxes in pixels of the (last) picture, and a mask of them; nothing where there is no picture."""
+    if not sources:
+        return [], torch.zeros(1, 64, 64)
+    frames = frames_of(sources[-1])
+    height, width = frames.shape[1:3]
+    seen = vit_size(height, width, preset_of(resolution, frames), lance_of(clip).tower.config)
+    boxes, mask = find_boxes(answer, seen, (height, width)), torch.zeros(1, height, width)
+    for box in boxes:
+        mask[0, box["y"] : box["y"] + box["height"], box["x"] : box["x"] + box["width"]] = 1
+    return boxes, mask
+
+
+class LanceNativeEnhancePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceNativeEnhancePrompt",
+            display_name="Lance Enhance Prompt",
+            category=CATEGORY,
+            description="Rewrites a short prompt as the long, literal one that it draws best from; offline, same weights.",
+            search_aliases=["rewrite prompt", "prompt upsampling", "expand prompt", "magic prompt"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True, default=""),
+                io.Combo.Input(
+                    "style",
+                    options=["image", "video", "edit", "image to video"],
+                    default="image",
+                    tooltip="What the prompt is for.",
+                ),
+                io.Image.Input("image", optional=True, tooltip="The picture to change or to begin with."),
+                *sampling_inputs(),
+            ],
+            outputs=[io.String.Output(display_name="prompt")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip: Any,
+        prompt: str,
+        style: str,
+        max_length: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        image: Tensor | None = None,
+    ) -> io.NodeOutput:
+        """The prompt in Lance's words; the user's own where nothing readable comes back."""
+        sources = [] if image is None else [image[:1]]
+        context = _seen(clip, sources, "auto", system_sentence("x2t_image", "?"))
+        asked = asking(lance_of(clip).tokenizer, context, enhancement(style, prompt))
+        answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), cls.hidden.unique_id).strip()
+        better = answer if answer and "\ufffd" not in answer else prompt
+        return io.NodeOutput(better, ui={"text": [better]})

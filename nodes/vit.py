@@ -1,0 +1,95 @@
+"""The vision tower: a small model of its own in ComfyUI's memory management, loaded only to encode."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import numpy as np
+import torch
+from torch import nn
+
+from ..lance_runtime.checkpoint import TensorFile, has_own_vit, identify, vit_tensors
+from ..lance_runtime.components import assign
+from ..lance_runtime.context import Segment
+from ..lance_runtime.files import VIT_FOLDER, read_vision_config
+from ..lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
+from ..lance_runtime.preprocess import vit_patches
+from ..lance_runtime.types import LatentShape
+from .attention import comfy_attention
+
+AUTO = "auto"
+FOLDER = "text_encoders"
+
+
+class _Tower(nn.Module):
+    """Holds transformers' module: ComfyUI wants to write ``device``, which transformers makes read-only."""
+
+    def __init__(self, vision: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+
+
+class VisionTower:
+    """Finds, loads and runs the ViT when the first picture is to be read.
+
+    name: a file of models/text_encoders; "auto" is the checkpoint's own, or the first vision tower found there.
+    """
+
+    def __init__(self, model_path: str, name: str, dtype: torch.dtype) -> None:
+        self.model_path, self.name, self.dtype = model_path, name, dtype
+        self._patcher: comfy.model_patcher.ModelPatcher | None = None
+
+    def encode(self, frames: np.ndarray, preset: str) -> Segment:
+        """uint8 (T, H, W, 3) -> the ViT tokens of one image or clip, on the CPU."""
+        patcher = self._loaded()
+        patches, (t, h, w) = vit_patches(frames, preset, self.config)
+        # Peak beside the weights: a few copies of the widest rows (the MLP's), and the patches.
+        needed = 6 * len(patches) * self.config.intermediate_size * self.dtype.itemsize
+        comfy.model_management.load_models_gpu([patcher], memory_required=needed)
+        with torch.no_grad():
+            found = encode_vision(patcher.model.vision, patches.to(patcher.load_device, self.dtype), (t, h, w))
+        merge = self.config.spatial_merge_size
+        return Segment.vit(found.cpu(), LatentShape(t, h // merge, w // merge))
+
+    def _loaded(self) -> comfy.model_patcher.ModelPatcher:
+        if self._patcher is None:
+            file = self._file()
+            self.config = read_vision_config(*self._config_source(file))
+            vision = build_vision(self.config, attention=comfy_attention({}))
+            device = comfy.model_management.text_encoder_offload_device()
+            assign(vision, vit_tensors(file), self.dtype, device)
+            restore_buffers(vision, device)
+            load_device = comfy.model_management.text_encoder_device()
+            self._patcher = comfy.model_patcher.ModelPatcher(_Tower(vision), load_device, device)
+        return self._patcher
+
+    def _config_source(self, file: TensorFile) -> tuple[TensorFile | None, Path]:
+        """The checkpoint's own tower has no configuration beside it: that of the separate one holds for both."""
+        if not has_own_vit(file):
+            return file, file.path.with_name("config.json")
+        separate = next(_towers(), None)
+        return separate, file.path.parent.parent / VIT_FOLDER / "config.json"
+
+    def _file(self) -> TensorFile:
+        if self.name != AUTO:
+            return TensorFile(folder_paths.get_full_path_or_raise(FOLDER, self.name))
+        model = TensorFile(self.model_path)
+        found = model if has_own_vit(model) else next(_towers(), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"Lance needs its vision tower to read pictures: 0 of {len(folder_paths.get_filename_list(FOLDER))} files in "
+                f"models/{FOLDER} hold one.\nPut Qwen2.5-VL-ViT/vit.safetensors of bytedance-research/Lance there."
+            )
+        return found
+
+
+def _towers() -> Iterator[TensorFile]:
+    """Every vision tower among ComfyUI's text encoders (headers alone are read)."""
+    for name in folder_paths.get_filename_list(FOLDER):
+        path = folder_paths.get_full_path(FOLDER, name)
+        if path is not None and path.endswith(".safetensors"):
+            file = TensorFile(path)
+            if identify(file) == "a vision tower alone":
+                yield file
