@@ -52,6 +52,11 @@ class TensorFile(Mapping[str, Tensor]):
                 f"{self.path.name} ({self.path.stat().st_size} bytes) is no complete pickle of tensors: {_first_line(error)}\n"
                 f"Download it again from {HUB}; pickles with code in them are never loaded."
             ) from error
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise ValueError(
+                f"{self.path.name} ({self.path.stat().st_size} bytes) holds a {type(state).__name__}, not tensors by name.\n"
+                f"Download it again from {HUB}."
+            )
         self._pickled = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         self.shapes = {name: tuple(value.shape) for name, value in self._pickled.items()}
         self.dtypes = {name: str(value.dtype) for name, value in self._pickled.items()}
@@ -216,12 +221,12 @@ def _read_header(path: Path) -> dict:
         text = stream.read(length) if 8 + length <= size else b""
     try:
         header = json.loads(text)
-    except ValueError as error:
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f"{path.name} ({size} bytes) is no safetensors file, or was cut off within its header of {length} bytes.\n"
             f"Download it again from {HUB}."
         ) from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise ValueError(

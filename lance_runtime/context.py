@@ -195,9 +195,8 @@ def unconditional_layout(context: Context, target: LatentShape, uncond_positions
     short = layout(context.without(Modality.PROMPT), target, closing)
     if uncond_positions == "dense":
         return short
-    placed = {id(split.segment): split.positions for split in layout(context, target).prefix}
-    splits = (replace(s, positions=placed.get(id(s.segment), s.positions)) for s in short.splits)
-    return replace(short, splits=tuple(splits))
+    kept = tuple(s for s in layout(context, target).prefix if s.segment.modality != Modality.PROMPT)
+    return replace(short, splits=kept + short.splits[len(kept) :])
 
 
 def open_context(tokenizer: LanceTokenizer, system: str, visuals: Iterable[Segment] = ()) -> Context:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from .checkpoint import HUB, TensorFile, guess_variant, has_own_vit, identify
+from .checkpoint import HUB, TensorFile, check_is_lance, guess_variant, has_own_vit, identify
 from .config import LanceConfig, VisionConfig
 from .tokenizer import LanceTokenizer
 
@@ -39,6 +39,7 @@ def find_sources(path: Path, variant: str, vit: str = "auto") -> Sources:
     """
     _check_choices(path, variant, vit)
     model = TensorFile(_find_model(path, variant))
+    check_is_lance(model)
     home = path if path.is_dir() else path.parent
     tower = None if _uses_own_vit(model, vit) else TensorFile(_find_vit(home))
     config_file = home / VIT_FOLDER / "config.json"
@@ -56,23 +57,30 @@ def read_config(file: TensorFile) -> LanceConfig:
     """From the header's ``llm_config_json``, from ``llm_config.json`` beside the file, or from the tensors' shapes."""
     beside = file.path.with_name("llm_config.json")
     if "llm_config_json" in file.metadata:
-        return LanceConfig.from_json(json.loads(file.metadata["llm_config_json"]))
+        return LanceConfig.from_json(_parsed(file.metadata["llm_config_json"], f"llm_config_json of {file.path.name}"))
     if beside.is_file():
-        return LanceConfig.from_json(json.loads(beside.read_text("utf-8")))
+        return LanceConfig.from_json(_parsed(beside.read_text("utf-8"), str(beside)))
     return LanceConfig.from_shapes(file.shapes)
 
 
 def read_vision_config(file: TensorFile | None, config_file: Path) -> VisionConfig:
     """From the ViT header's ``config``, from ``config.json``, or the 3B model's."""
     if file is not None and "config" in file.metadata:
-        return VisionConfig.from_json(json.loads(file.metadata["config"]))
+        return VisionConfig.from_json(_parsed(file.metadata["config"], f"config of {file.path.name}"))
     beside = config_file if file is None else file.path.with_name("config.json")
-    return VisionConfig.from_json(json.loads(beside.read_text("utf-8"))) if beside.is_file() else VisionConfig()
+    return VisionConfig.from_json(_parsed(beside.read_text("utf-8"), str(beside))) if beside.is_file() else VisionConfig()
 
 
 def read_tokenizer(file: TensorFile) -> LanceTokenizer:
     """From the header's metadata, or from the files beside the checkpoint."""
     return LanceTokenizer.from_metadata(file.metadata) or LanceTokenizer.from_folder(file.path.parent)
+
+
+def _parsed(text: str, name: str) -> dict:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} ({len(text)} characters) is no JSON: {error}.\nDownload it again from {HUB}.") from error
 
 
 def _check_choices(path: Path, variant: str, vit: str) -> None:
@@ -125,4 +133,6 @@ def _single_files(folder: Path, what: str) -> Iterator[Path]:
 
 def _missing(what: str, tried: list[Path], folder: Path) -> NoReturn:
     names = ", ".join(str(path.relative_to(folder)) for path in tried)
-    raise FileNotFoundError(f"{what} was not found in {folder}: neither {names} nor a single file.\nGet it from {HUB}.")
+    others = [f"{path.name} is {identify(TensorFile(path))}" for path in sorted(folder.glob("*.safetensors"))[:3]]
+    there = f" ({'; '.join(others)})" if others else ""
+    raise FileNotFoundError(f"{what} was not found in {folder}: neither {names} nor a single file{there}.\nGet it from {HUB}.")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lance_runtime.preprocess import fitted_pixels, presets, sample_frames, vae_pixels, vae_size
+from ..lance_runtime.preprocess import fitted_pixels, presets, sample_frames, to_frames, vae_pixels
 from ..lance_runtime.types import SPATIAL_STRIDE, TEMPORAL_STRIDE, LatentShape
 from .schema import io
 
@@ -33,10 +33,7 @@ def frames_of(source: Any, fps: float = FPS) -> np.ndarray:
         images, fps = parts.images, float(parts.frame_rate)
     else:
         images = source
-    pixels = images.float().cpu().clamp(0, 1)
-    if pixels.shape[-1] == 4:
-        pixels = pixels[..., :3] * pixels[..., 3:] + (1 - pixels[..., 3:])
-    frames = pixels.mul(255).round().to(torch.uint8).numpy()
+    frames = to_frames(images.float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
     return frames[sample_frames(len(frames), fps)] if len(frames) > 1 else frames
 
 
@@ -64,12 +61,6 @@ def encode_source(vae: Any, frames: np.ndarray, resolution: str) -> Tensor:
         height, width = (size // SPATIAL_STRIDE * SPATIAL_STRIDE for size in frames.shape[1:3])
         return encode(vae, fitted_pixels(frames, (max(height, SPATIAL_STRIDE), max(width, SPATIAL_STRIDE))))
     return encode(vae, vae_pixels(frames, preset_of(resolution, frames)))
-
-
-def source_grid(frames: np.ndarray, resolution: str) -> LatentShape:
-    """The latent grid that a source encodes to."""
-    height, width = vae_size(frames.shape[1], frames.shape[2], preset_of(resolution, frames))
-    return LatentShape((len(frames) - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
 
 
 def raw_latent(latents: Tensor) -> dict[str, Any]:

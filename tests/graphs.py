@@ -117,12 +117,11 @@ def golden_graph(name: str, files: dict[str, str], in_one_node: bool = False) ->
 def _inputs(case: dict, files: dict[str, str]) -> tuple[Graph, list | None, dict]:
     """Nodes that load a case's media, the link to its context, and the node that makes the latent to begin with."""
     settings, task = case["settings"], case["task"]
-    graph: Graph = {f"image{i}": node("LoadImage", image=files[file]) for i, file in enumerate(case.get("images", []))}
+    graph = pictures(case, files)
     images = {f"images.image_{i}": [f"image{i}", 0] for i in range(len(case.get("images", [])))}
     both = {"clip": ["load", 1], "vae": ["load", 2]}
     if task in ("image_edit", "video_edit"):
         if "video" in case:
-            graph["clip"] = node("LoadVideo", file=files[case["video"]])
             images = {"video": ["clip", 0]}
         edit = node("LanceNativeEdit", **both, resolution=settings["resolution"], batch_size=1, **images)
         return graph, ["start", 0], edit
@@ -138,6 +137,18 @@ def _inputs(case: dict, files: dict[str, str]) -> tuple[Graph, list | None, dict
         )
         return graph, None, video
     return graph, None, empty(settings["width"], settings["height"], settings.get("num_frames", 1))
+
+
+def pictures(case: dict, files: dict[str, str]) -> Graph:
+    """Nodes "image0", "image1", ... and "clip" that load a case's media, transparency and frame rate included."""
+    graph: Graph = {}
+    for index, file in enumerate(case.get("images", [])):
+        graph[f"file{index}"] = node("LoadImage", image=files[file])
+        graph[f"image{index}"] = node("JoinImageWithAlpha", image=[f"file{index}", 0], alpha=[f"file{index}", 1])
+    if "video" in case:
+        graph["frames"] = node("LoadImage", image=files[case["video"]])
+        graph["clip"] = node("CreateVideo", images=["frames", 0], fps=goldens.clip(case["video"])[1])
+    return graph
 
 
 def empty(width: int, height: int, frames: int = 1, batch: int = 1) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import goldens
 import pytest
 from comfy_results import TOLERANCE, difference, saved_latents, upload_media
-from graphs import golden_graph, loader, node
+from graphs import golden_graph, loader, node, pictures
 
 pytestmark = pytest.mark.comfy
 
@@ -30,11 +30,9 @@ def test_lance_sampler(name, comfy_server, media):
 @pytest.mark.parametrize("name", goldens.ANSWERED)
 def test_lance_ask(name, comfy_server, media):
     case = goldens.CASES[name]
-    graph = {f"image{i}": node("LoadImage", image=media[file]) for i, file in enumerate(case.get("images", []))}
-    sources = {f"images.image_{i}": [f"image{i}", 0] for i in range(len(graph))}
-    if "video" in case:
-        graph["clip"] = node("LoadVideo", file=media[case["video"]])
-        sources["video"] = ["clip", 0]
+    graph = pictures(case, media)
+    sources = {f"images.image_{i}": [f"image{i}", 0] for i in range(len(case.get("images", [])))}
+    sources.update({"video": ["clip", 0]} if "video" in case else {})
     graph["load"] = loader(case["checkpoint"])
     settings = {"resolution": case["settings"]["resolution"], "max_length": case["settings"]["max_new_tokens"]}
     sampling = {"temperature": 0.0, "top_p": 1.0, "seed": 42}
@@ -47,7 +45,7 @@ def test_lance_ask(name, comfy_server, media):
     graph["show"] = node("PreviewAny", source=["ask", 0])
     result = comfy_server.run(graph)
     assert result.outputs["ask"]["text"] == [case["expected_text"]]
-    streamed = [event["data"]["text"] for event in result.of_type("progress_text")]
+    streamed = [event["text"] for event in result.of_type("progress_text")]
     assert case["expected_text"] in streamed
     assert len(streamed) > 1
 

@@ -38,7 +38,7 @@ def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     """
     positions = positions if positions.ndim == 3 else positions[None]
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    frequencies = config.rope_theta**-exponent
+    frequencies = 1.0 / config.rope_theta**exponent  # to the bit as transformers: far positions magnify the last one
     sections = torch.tensor(config.mrope_section, device=positions.device)
     axis = torch.repeat_interleave(torch.arange(3, device=positions.device), sections)
     angles = positions.float()[:, axis].transpose(1, 2) * frequencies  # (B, L, head_dim / 2)

@@ -1,0 +1,346 @@
+"""``make bench``: how fast the parts are, one JSON line a measurement, with random weights of any size.
+
+The share of a denoising step, ``share_of_mm``, is the rate of its linear layers and attention (operations that were
+counted while it ran, over the whole time of the step) over the rate of ``torch.mm`` at the shapes of those same linear
+layers. Both are timed in turns in one run, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))
+
+from lance_runtime.checkpoint import TensorFile, model_tensors  # noqa: E402
+from lance_runtime.components import assign, build_lance  # noqa: E402
+from lance_runtime.config import LanceConfig  # noqa: E402
+from lance_runtime.context import Context, Segment, VisionTokens, layout  # noqa: E402
+from lance_runtime.decode import decode  # noqa: E402
+from lance_runtime.denoise import predict_velocity  # noqa: E402
+from lance_runtime.engine import Engine  # noqa: E402
+from lance_runtime.model.transformer import Lance  # noqa: E402
+from lance_runtime.prefill import Branch, branch, prefill  # noqa: E402
+from lance_runtime.types import LatentShape, Modality, PixelShape  # noqa: E402
+from lance_runtime.vae import WanVAE, _build, original_name  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REAL_WIDTH = {"hidden": 2048, "layers": 2, "height": 768, "width": 768, "vocabulary": 151936, "vae": 160}
+SYSTEM_TOKENS, CLOSING_TOKENS = 32, 8  # about what the templates around a prompt take
+GIGA = 1e9
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--real-width", action="store_true", help="two layers of Lance 3B's own width, 768 x 768, the real VAE's width")
+    add("--hidden", type=int, default=512, help="a multiple of 128; heads and MLP keep the real proportions")
+    add("--layers", type=int, default=4)
+    add("--vocabulary", type=int, default=8192)
+    add("--vae", type=int, default=40, help="base width of the VAE's encoder; its decoder has 8/5 of it (default: 40)")
+    add("--height", type=int, default=256)
+    add("--width", type=int, default=256)
+    add("--frames", type=int, default=1)
+    add("--prompt-tokens", type=int, default=128)
+    add("--edit", action="store_true", help="put an edit source (ViT tokens and latents) into the context")
+    add("--tokens", type=int, default=32, help="to decode (default: 32)")
+    add("--dtype", choices=tuple(DTYPES), default="float32")
+    add("--device", default="cpu")
+    add("--threads", type=int, help="of the CPU (default: torch's own choice)")
+    add("--repeats", type=int, default=10, help="of which the median is taken (default: 10)")
+    add("--seconds", type=float, default=5, help="end the repeats of all but the step after this time (default: 5)")
+    add("--profile", action="store_true", help="also write torch.profiler's table of a step to the error stream")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = build_parser()
+    if parser.parse_known_args(argv)[0].real_width:
+        parser.set_defaults(**REAL_WIDTH)  # sizes given beside it still win
+    options = parser.parse_args(argv)
+    if options.hidden % 128:
+        parser.error(f"--hidden {options.hidden} is not a multiple of 128, the width of a head")
+    return options
+
+
+def config_of(options: argparse.Namespace) -> LanceConfig:
+    real, heads = LanceConfig(), options.hidden // 128
+    return replace(
+        real,
+        hidden_size=options.hidden,
+        intermediate_size=real.intermediate_size * options.hidden // real.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 8),
+        vocab_size=options.vocabulary,
+    )
+
+
+class Bench:
+    """The device, its clock, and the stream of results."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device, self.dtype = options, torch.device(options.device), DTYPES[options.dtype]
+
+    def emit(self, name: str, **values: Any) -> None:
+        rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
+        print(json.dumps({"bench": name, **rounded}), flush=True)
+
+    def timed(self, run: Callable[[], object]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        run()
+        self._wait()
+        return time.perf_counter() - start
+
+    def median(self, run: Callable[[], object]) -> tuple[float, int]:
+        """Median seconds after one run to warm up, and of how many; a run that takes all the time counts itself."""
+        first, deadline = self.timed(run), time.perf_counter() + self.options.seconds
+        times: list[float] = []
+        while len(times) < self.options.repeats and time.perf_counter() + first < deadline:
+            times.append(self.timed(run))
+        return statistics.median(times or [first]), len(times or [first])
+
+    def peak_bytes(self) -> int:
+        """The accelerator's peak, or the process's."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+
+def write_checkpoint(path: Path, model: Lance) -> None:
+    """Random weights for a model on the meta device, bfloat16 as published, written one at a time."""
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        start, end = end, end + 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for parameter in model.parameters():
+            values = torch.ones(parameter.shape, dtype=torch.bfloat16)
+            values = values.uniform_(-0.03, 0.03) if parameter.ndim > 1 else values
+            stream.write(values.view(torch.int16).numpy().data)
+
+
+def bench_loading(bench: Bench, config: LanceConfig) -> Lance:
+    """Opening, building on the meta device, assigning with the cast, and reading every weight once."""
+
+    def load() -> None:
+        nonlocal model
+        model = build_lance(config)
+        assign(model, model_tensors(TensorFile(path)), bench.dtype, bench.device)
+        sum(float(parameter.sum()) for parameter in model.parameters())  # on the CPU, uncast weights are only mapped
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        model = build_lance(config)
+        write_checkpoint(path, model)
+        seconds, size = bench.timed(load), path.stat().st_size
+    bench.emit(
+        "loading",
+        seconds=seconds,
+        file_gb=size / GIGA,
+        gb_per_second=size / GIGA / seconds,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+    return model
+
+
+def make_context(options: argparse.Namespace, config: LanceConfig, target: LatentShape) -> Context:
+    def text(count: int, modality: Modality = Modality.TEMPLATE) -> Segment:
+        return Segment.text(torch.randint(config.vocab_size, (count,)).tolist(), modality)
+
+    visuals = []
+    if options.edit:
+        grid = LatentShape(target.frames, options.height // 28, options.width // 28)
+        visuals.append(Segment.vit(torch.randn(grid.tokens, config.hidden_size), grid))
+        visuals.append(Segment.latents(torch.randn(config.latent_channels, *target), Modality.EDIT_SOURCE))
+    segments = (text(SYSTEM_TOKENS), *visuals, text(options.prompt_tokens, Modality.PROMPT), text(CLOSING_TOKENS))
+    return Context(segments, VisionTokens(start=1, pad=2, end=3))
+
+
+def bench_prefill(bench: Bench, engine: Engine, context: Context) -> None:
+    sequence = layout(context)
+    tokens = sum(len(split) for split in sequence.prefix)
+    seconds, runs = bench.median(lambda: prefill(engine, sequence))
+    bench.emit("prefill", seconds=seconds, tokens=tokens, tokens_per_second=tokens / seconds, runs=runs)
+
+
+def bench_decode(bench: Bench, engine: Engine, context: Context) -> None:
+    cache, states = prefill(engine, layout(context))
+    vocabulary, count = engine.model.config.vocab_size, bench.options.tokens
+
+    def run() -> None:
+        answer = decode(
+            engine, cache.clone(), states[:, -1:], cache.length, vocabulary=vocabulary, stop=-1, max_new_tokens=count
+        )
+        assert len(list(answer)) == count
+
+    seconds, runs = bench.median(run)
+    bench.emit("decoding", seconds=seconds, tokens=count, tokens_per_second=count / seconds, prefix=cache.length, runs=runs)
+
+
+@dataclass
+class Counted:
+    """What one run multiplied: linear layers with their rows, and the operations of attention."""
+
+    linears: list[tuple[nn.Linear, int]]
+    attention: int = 0
+
+    @property
+    def linear(self) -> int:
+        return sum(2 * rows * layer.in_features * layer.out_features for layer, rows in self.linears)
+
+
+def count(engine: Engine, run: Callable[[Engine], object]) -> Counted:
+    """Run once and count: each linear layer by a hook, attention by a wrapper around the backend."""
+    counted = Counted([])
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Two products, q with the keys and the weights with the values, of 2 operations a term.
+        counted.attention += 4 * q.numel() * k.shape[-2]
+        return engine.attention(q, k, v)
+
+    def hook(layer: nn.Linear, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        counted.linears.append((layer, inputs[0].numel() // layer.in_features))
+
+    handles = [layer.register_forward_hook(hook) for layer in engine.model.modules() if isinstance(layer, nn.Linear)]
+    run(replace(engine, attention=attention))
+    for handle in handles:
+        handle.remove()
+    return counted
+
+
+def yardstick(engine: Engine, counted: Counted) -> Callable[[], None]:
+    """``torch.mm`` at the shapes of the linear layers, on their own weights."""
+    sizes = {(rows, layer.in_features) for layer, rows in counted.linears}
+    inputs = {size: torch.randn(size, dtype=engine.dtype, device=engine.device) for size in sizes}
+    products = [(inputs[rows, layer.in_features], layer.weight.t()) for layer, rows in counted.linears]
+
+    def run() -> None:
+        for left, right in products:
+            torch.mm(left, right)
+
+    return run
+
+
+def bench_step(bench: Bench, engine: Engine, branches: list[Branch], target: LatentShape) -> None:
+    batch = len(branches)
+    latents = torch.randn(batch, engine.model.config.latent_channels, *target, dtype=engine.dtype, device=engine.device)
+    timesteps = torch.full((batch, target.frames), 0.7, device=engine.device)
+
+    def step(engine: Engine = engine) -> Tensor:
+        return predict_velocity(engine, latents, timesteps, branches)
+
+    counted, peak = count(engine, step), bench.peak_bytes()
+    multiply = yardstick(engine, counted)
+    multiply()
+    pairs = [(bench.timed(step), bench.timed(multiply)) for _ in range(bench.options.repeats)]
+    operations = counted.linear + counted.attention
+    shares = [operations / counted.linear * other / own for own, other in pairs]
+    seconds, other = (statistics.median(times) for times in zip(*pairs, strict=True))
+    bench.emit(
+        "denoising_step",
+        branches=batch,
+        seconds=seconds,
+        tokens=target.tokens + 2,
+        prefix=[one.cache.length for one in branches],
+        linear_gflop=counted.linear / GIGA,
+        attention_gflop=counted.attention / GIGA,
+        gflop_per_second=operations / GIGA / seconds,
+        mm_gflop_per_second=counted.linear / GIGA / other,
+        share_of_mm=statistics.median(shares),
+        share_range=[round(min(shares), 3), round(max(shares), 3)],
+        runs=len(pairs),
+        peak_gb=peak / GIGA,
+        load=os.getloadavg()[0],
+    )
+    if bench.options.profile:
+        profile(step)
+
+
+def profile(step: Callable[[], object]) -> None:
+    with torch.profiler.profile(record_shapes=True) as found:
+        for _ in range(3):
+            step()
+    table = found.key_averages(group_by_input_shape=True).table(sort_by="self_cpu_time_total", row_limit=40)
+    print(table, file=sys.stderr)
+
+
+def make_vae(bench: Bench) -> WanVAE:
+    encoder = bench.options.vae
+    widths = {"encoder.conv1.weight": (encoder,), "decoder.conv1.weight": (4 * (encoder * 8 // 5),)}
+    shapes = _build({name: torch.empty(shape, device="meta") for name, shape in widths.items()}).state_dict()
+    tensors = {
+        original_name(name): torch.empty(shape.shape, dtype=bench.dtype, device=bench.device).uniform_(-0.03, 0.03)
+        for name, shape in shapes.items()
+    }
+    return WanVAE.from_tensors(tensors)
+
+
+def bench_vae(bench: Bench, pixels: PixelShape) -> None:
+    vae = make_vae(bench)
+    picture = torch.rand(3, *pixels) * 2 - 1
+    latents = torch.randn(48, *pixels.latent())
+    size = pixels.frames * pixels.height * pixels.width / 1e6
+    for name, run in (("vae_encode", lambda: vae.encode(picture)), ("vae_decode", lambda: vae.decode(latents))):
+        seconds, runs = bench.median(run)
+        bench.emit(name, seconds=seconds, megapixels=size, megapixels_per_second=size / seconds, runs=runs)
+
+
+def stages(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
+    """Run everything; yields the name of each stage behind it."""
+    config, pixels = config_of(options), PixelShape(options.frames, options.height, options.width)
+    target = pixels.latent()
+    engine = Engine(bench_loading(bench, config), bench.dtype, bench.device)
+    yield "loading"
+    context = make_context(options, config, target)
+    bench_prefill(bench, engine, context)
+    branches = [branch(engine, layout(context, target)), branch(engine, layout(context.without(Modality.PROMPT), target))]
+    bench_step(bench, engine, branches[:1], target)
+    bench_step(bench, engine, branches, target)
+    bench_decode(bench, engine, context)
+    yield "network"
+    del engine, branches
+    bench_vae(bench, pixels)
+    yield "vae"
+
+
+@torch.no_grad()
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    bench, peaks = Bench(options), {}
+    known = {name: value for name, value in vars(options).items() if name not in ("profile", "real_width")}
+    known["threads"] = torch.get_num_threads()
+    bench.emit("settings", **known, torch=torch.__version__)
+    for stage in stages(bench, options):
+        peaks[f"after_{stage}_gb"] = bench.peak_bytes() / GIGA
+    bench.emit("peak_memory", **peaks)
+
+
+if __name__ == "__main__":
+    main()
