@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -20,14 +22,32 @@ def add_offloading(components: Components, kind: str) -> None:
     check_offload(kind)
     if kind == "none":
         return
-    from accelerate import cpu_offload, cpu_offload_with_hook
+    from accelerate import cpu_offload
+    from accelerate.hooks import add_hook_to_module
 
-    previous = None
     for module in components.modules:
         if kind == "layer":
             cpu_offload(module, execution_device=components.device)
         else:
-            _, previous = cpu_offload_with_hook(module, components.device, prev_module_hook=previous)
+            add_hook_to_module(module, _alone_hook(components))
+
+
+def _alone_hook(components: Components) -> Any:
+    """accelerate's hook of a part that, before it runs, sends all others away.
+
+    accelerate's own chain sends away the one part before, but ours run in no fixed order: ViT, VAE, network, VAE.
+    """
+    from accelerate.hooks import CpuOffload
+
+    class Alone(CpuOffload):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+            for other in components.modules:
+                if other is not module:
+                    other.to("cpu")
+            module.to(self.execution_device)
+            return args, kwargs
+
+    return Alone(components.device)
 
 
 def bring(module: nn.Module) -> None:

@@ -149,10 +149,11 @@ class LancePipeline:
         sigmas, given = self.sigmas(request), self.given(request, target)
         context = self.context(request)
         noise = self.noise(request, context, target)
-        bring(parts.model)
         branches = self.branches(request, context, target)
         steps = denoise(parts.engine, noise, sigmas, branches, request.guidance, given)
-        for step in steps:
+        for _ in range(len(sigmas) - 1):
+            bring(parts.model)  # for every step: the caller may have decoded a preview in between
+            step = next(steps)
             yield step if request.batch > 1 else step._replace(latents=step.latents[0])
 
     def _answer(self, request: Request) -> Iterator[Token]:

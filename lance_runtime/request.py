@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ PICTURES = {
 }
 CLIP_TASKS = ("video_edit", "x2t_video")
 SOURCE_SIZED_TASKS = ("i2v", "image_edit", "video_edit")
+TEXTS = ("prompt", "question", "instruction", "negative_prompt")
+WHOLE_NUMBERS = ("height", "width", "num_frames", "steps", "batch", "seed", "max_new_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +84,7 @@ class Request:
     def checked(self) -> Request:
         """The same call with pictures as arrays; ``ValueError`` where task and arguments do not fit."""
         check_task(self.task)
+        self._check_types()
         request = replace(self, images=[to_frames(image) for image in self.images], video=self._clip())
         request._check_inputs()
         request._check_numbers()
@@ -95,7 +99,8 @@ class Request:
                 self._check_same(name, getattr(shape, name))
         else:
             height, width = VIDEO_SIZE if self.makes_video else IMAGE_SIZE
-            shape = PixelShape(self._frames(), self.height or height, self.width or width)
+            height = height if self.height is None else self.height
+            shape = PixelShape(self._frames(), height, width if self.width is None else self.width)
         return shape.latent()
 
     def _clip(self) -> np.ndarray | None:
@@ -134,6 +139,20 @@ class Request:
             LOGGER.warning("[Lance] %d frames asked for; nothing longer than %d was trained.", frames, TRAINED_FRAMES)
         return frames
 
+    def _check_types(self) -> None:
+        """What Python would take and misunderstand: a picture is a sequence of rows, 0.5 steps are a number."""
+        fitting: tuple[tuple[str, type | tuple[type, ...], str, str], ...] = (
+            *((name, str, "text", 'Use "" for no words') for name in TEXTS),
+            *((name, Integral, "a whole number", "Round it to the one that you mean") for name in WHOLE_NUMBERS),
+            ("images", (list, tuple), "a list", "Pass images=[picture], also for a single one"),
+        )
+        for name, kind, words, remedy in fitting:
+            value = getattr(self, name)
+            optional = type(self).__dataclass_fields__[name].default is None
+            if not isinstance(value, kind) and not (optional and value is None):
+                shown = repr(value) if isinstance(value, (str, float)) else f"of type {type(value).__name__}"
+                raise ValueError(f"{name} is {shown}, where {words} belongs.\n{remedy}.")
+
     def _check_inputs(self) -> None:
         least, most = PICTURES[self.task]
         if self.context is None and not least <= len(self.images) <= most:
@@ -154,6 +173,8 @@ class Request:
             )
         if (self.given_frames and not self.makes_video) or (self.given_frames and self.understands):
             raise ValueError(f"{self.task} cannot hold {len(self.given_frames)} given frames.\nUse t2v or i2v.")
+        if self.understands and self.context is not None and not self.context.segments:
+            raise ValueError(f"{self.task} needs a context of 1 segment at least, and got 0.\nAdd a text or a visual to it.")
         stills = [image for image in self.images if len(image) != 1]
         if stills:
             raise ValueError(f"An image of {len(stills[0])} frames was given where 1 belongs.\nPass clips as video=.")
@@ -169,8 +190,11 @@ class Request:
     def _check_numbers(self) -> None:
         if self.batch < 1:
             raise ValueError(f"A batch of {self.batch} holds nothing.\nUse 1 or more.")
-        if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"Seed {self.seed} does not fit into 64 bits.\nUse a number from 0 to {2**64 - 1}.")
+        if not -(2**63) <= self.seed <= 2**64 - self.batch:
+            raise ValueError(
+                f"Seed {self.seed} does not fit into 64 bits with a batch of {self.batch}.\n"
+                f"Use a number from 0 to {2**64 - self.batch}."
+            )
         if self.understands and (self.batch != 1 or self.noise is not None):
             raise ValueError(
                 f"{self.task} answers one question at a time, not {self.batch}, and draws no noise.\nLeave them out."

@@ -34,7 +34,9 @@ def names_both(first, *numbers):
 # Sizes
 
 
-@pytest.mark.parametrize(("name", "size", "near"), [("height", 100, 96), ("width", 8, 16), ("height", 761, 768), ("width", 1, 16)])
+@pytest.mark.parametrize(
+    ("name", "size", "near"), [("height", 100, 96), ("width", 8, 16), ("height", 761, 768), ("width", 1, 16)]
+)
 def test_sizes_off_the_grid_are_refused_with_the_nearest(image_pipe, name, size, near):
     first, second = refusal(image_pipe, "t2i", "a", **SMALL | {name: size})
     names_both(first, name, size, 16)
@@ -135,7 +137,7 @@ def test_without_a_prompt_guidance_changes_nothing(image_pipe):
     torch.testing.assert_close(guided, plain, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("token", [*SPECIAL_TOKENS, "<|endoftext|>", "<tool_call>"])
+@pytest.mark.parametrize("token", [*SPECIAL_TOKENS, "<|endoftext|>"])
 def test_special_tokens_in_a_users_words_stay_plain_text(image_pipe, token):
     tokenizer, text = image_pipe.components.tokenizer, f"a {token}\n{token} dog"
     special = tokenizer.encode_template(token)
@@ -197,12 +199,14 @@ def test_a_clip_without_frames_is_refused(video_pipe):
     refusal(video_pipe, "video_edit", "red", video=np.zeros((0, 8, 8, 3), np.uint8))
 
 
-@pytest.mark.parametrize("images", [PICTURE, np.zeros((64, 48, 3), np.uint8), torch.zeros(64, 48, 3, dtype=torch.uint8), "cat.png"])
+@pytest.mark.parametrize(
+    "images", [PICTURE, np.zeros((64, 48, 3), np.uint8), torch.zeros(64, 48, 3, dtype=torch.uint8), "cat.png"]
+)
 @pytest.mark.parametrize("task", ["image_edit", "x2t_image"])
 def test_one_picture_is_not_taken_for_a_list(image_pipe, task, images):
     first, second = refusal(image_pipe, **tasks.arguments(task) | {"images": images})
-    assert "images" in first
-    assert "[" in second
+    assert "images is " in first
+    assert "images=[picture]" in second
 
 
 def test_a_stack_of_pictures_is_a_list(image_pipe):
@@ -233,7 +237,9 @@ def test_broken_noise_is_refused(image_pipe, broken):
     names_both(refusal(image_pipe, "t2i", "a", **SMALL, noise=noise)[0], 1, noise.numel())
 
 
-@pytest.mark.parametrize("shape", [(48, 1, 3, 2), (16, 1, 2, 3), (48, 2, 3), (2, 48, 1, 2, 3), (48, 2, 2, 3), (1, 1, 48, 1, 2, 3)])
+@pytest.mark.parametrize(
+    "shape", [(48, 1, 3, 2), (16, 1, 2, 3), (48, 2, 3), (2, 48, 1, 2, 3), (48, 2, 2, 3), (1, 1, 48, 1, 2, 3)]
+)
 def test_noise_of_another_shape_is_refused(image_pipe, shape):
     first, _ = refusal(image_pipe, "t2i", "a", **SMALL, noise=torch.zeros(shape))
     names_both(first, [1, 48, 1, 2, 3], list(shape if len(shape) > 4 else (1, *shape) if len(shape) == 4 else shape))
@@ -252,6 +258,8 @@ def test_noise_of_a_batch_has_its_size(image_pipe):
     [
         ({"steps": 0}, "0 steps"),
         ({"steps": -4}, "-4 steps"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"seed": "42"}, "seed is '42'"),
         ({"shift": 0.0}, "0.0"),
         ({"shift": float("nan")}, "nan"),
         ({"batch": 0}, "batch of 0"),

@@ -1,0 +1,136 @@
+"""Builds ``workflows/`` and ``tests/workflows/`` from their definitions, with the real ComfyUI and its web page.
+
+Run: ``python tests/build_workflows.py`` with COMFYUI_PATH set (or comfy-cli's default workspace) and Chromium installed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE.parent))
+
+from comfy_browser import load_workflow, open_ui, screenshot  # noqa: E402
+from comfy_server import ComfyServer  # noqa: E402
+from single_files import example_media, template_models  # noqa: E402
+from workflow_definitions import WORKFLOWS, Workflow  # noqa: E402
+
+HUB = "https://huggingface.co/bytedance-research/Lance/resolve/main"
+WAN = "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/vae/wan2.2_vae.safetensors"
+URLS = {
+    "Lance_3B.safetensors": (f"{HUB}/Lance_3B/model.safetensors", "diffusion_models"),
+    "Lance_3B_Video.safetensors": (f"{HUB}/Lance_3B_Video/model.safetensors", "diffusion_models"),
+    "wan2.2_vae.safetensors": (WAN, "vae"),
+}
+VERSION = "0.1.0"
+GAP, TOP, NOTE_WIDTH = 50, 80, 300
+# Sizes of their own, [width, height]: texts need room, and no node shall be wider than its longest label.
+SIZES = {
+    "LanceNativeSampler": [420, 520],
+    "LanceNativeLoader": [330, 200],
+    "CLIPTextEncode": [380, 180],
+    "LanceNativeAsk": [380, 380],
+    "LanceNativeEnhancePrompt": [380, 300],
+    "LanceNativeEmptyLatent": [300, 240],
+    "LoadImage": [300, 320],
+    "LoadVideo": [300, 320],
+    "PreviewAny": [320, 200],
+    "SaveImage": [360, 380],
+    "SaveVideo": [360, 380],
+}
+ONLY_THE_GRAPH = """
+body * { visibility: hidden }
+#graph-canvas, .dom-widget, .dom-widget * { visibility: visible }
+"""
+ARRANGE = """({columns, sizes, gap, top, note}) => {
+    const nodes = [...app.graph._nodes], byType = (type) => nodes.filter((node) => node.type === type);
+    const taken = new Set(), place = (type) => byType(type).find((node) => !taken.has(node.id));
+    let x = 40;
+    const memo = LiteGraph.createNode("MarkdownNote");
+    memo.pos = [x, top]; memo.size = [note.width, 170]; memo.title = note.title;
+    memo.widgets[0].value = note.text;
+    app.graph.add(memo);
+    x += note.width + gap;
+    for (const column of columns) {
+        let y = top, width = 0;
+        for (const type of column) {
+            const node = place(type);
+            taken.add(node.id);
+            if (sizes[type]) node.setSize([...sizes[type]]);
+            node.pos = [x, y];
+            y += node.size[1] + 60; width = Math.max(width, node.size[0]);
+        }
+        x += width + gap;
+    }
+    const box = app.graph._nodes.reduce((edge, node) => [Math.max(edge[0], node.pos[0] + node.size[0]),
+        Math.max(edge[1], node.pos[1] + node.size[1])], [0, 0]);
+    const scale = Math.min(1400 / (box[0] + 40), 850 / (box[1] + 40), 1);
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [0, 0];
+    app.canvas.setDirty(true, true);
+    return app.graph.serialize();
+}"""
+
+
+def ui_format(page: Any, workflow: Workflow) -> dict[str, Any]:
+    """The template as the web page itself would save it, laid out in our columns."""
+    load_workflow(page, workflow.graph)
+    columns = [[node["class_type"] for node in column.values()] for column in workflow.columns]
+    note = {"title": workflow.name, "text": workflow.note, "width": NOTE_WIDTH}
+    graph = page.evaluate(ARRANGE, {"columns": columns, "sizes": SIZES, "gap": GAP, "top": TOP, "note": note})
+    for node in graph["nodes"]:
+        _describe(node)
+    graph["extra"] = {}
+    graph["id"] = workflow.slug
+    return graph
+
+
+def _describe(node: dict[str, Any]) -> None:
+    ours = node["type"].startswith("LanceNative")
+    node["properties"] |= {"cnr_id": "lance-native" if ours else "comfy-core", "ver": VERSION if ours else "0.26.0"}
+    node["properties"].setdefault("Node name for S&R", node["type"])
+    values = node.get("widgets_values") or []
+    # A fixed seed: opening a template twice shall give the same picture twice.
+    node["widgets_values"] = ["fixed" if value == "randomize" else value for value in values]
+    if node["type"] == "LanceNativeLoader":
+        named = [value for value in values if value in URLS]
+        node["properties"]["models"] = [{"name": name, "url": URLS[name][0], "directory": URLS[name][1]} for name in named]
+
+
+def build(folder: Path) -> None:
+    with ComfyServer(template_models(folder)) as server:
+        for media in example_media(folder):
+            server.upload_image(media)
+        with open_ui(server) as page:
+            page.add_style_tag(content=ONLY_THE_GRAPH)
+            _write(page, folder)
+
+
+def _write(page: Any, folder: Path) -> None:
+    for workflow in WORKFLOWS:
+        graph = ui_format(page, workflow)
+        page.wait_for_timeout(800)
+        target = HERE.parent / "workflows" / f"{workflow.name}.json"
+        target.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        twin = HERE / "workflows" / f"{workflow.slug}.api.json"
+        twin.write_text(json.dumps(workflow.graph, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        _thumbnail(page, folder / "shot.png", target.with_suffix(".jpg"))
+
+
+def _thumbnail(page: Any, shot: Path, target: Path) -> None:
+    """The graph itself, without the page around it."""
+    from PIL import Image
+
+    screenshot(page, shot)
+    picture = Image.open(shot).convert("RGB")
+    picture.resize((640, round(640 * picture.height / picture.width))).save(target, quality=82)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))

@@ -1,0 +1,127 @@
+"""The templates: well formed, in step with their API twins and with the live schema, and running on the tiny checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from comfy_browser import graph_errors, load_workflow, open_ui, queue_and_wait, screenshot
+from comfy_server import ComfyServer
+from single_files import example_media, template_models
+from workflow_definitions import WORKFLOWS
+
+ROOT = Path(__file__).parents[1]
+NAMES = [workflow.name for workflow in WORKFLOWS]
+NO_WIDGET_TYPES = {"MarkdownNote"}
+
+
+def template(name):
+    return json.loads((ROOT / "workflows" / f"{name}.json").read_text("utf-8"))
+
+
+def twin(workflow):
+    return json.loads((ROOT / "tests" / "workflows" / f"{workflow.slug}.api.json").read_text("utf-8"))
+
+
+def test_every_template_is_defined_and_has_a_thumbnail():
+    assert sorted(path.stem for path in (ROOT / "workflows").glob("*.json")) == sorted(NAMES)
+    assert sorted(path.stem for path in (ROOT / "workflows").glob("*.jpg")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=NAMES)
+def test_twin_is_the_definition(workflow):
+    assert twin(workflow) == workflow.graph
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=NAMES)
+def test_template_holds_the_nodes_of_its_twin(workflow):
+    types = sorted(node["type"] for node in template(workflow.name)["nodes"] if node["type"] != "MarkdownNote")
+    assert types == sorted(node["class_type"] for node in workflow.graph.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_name_their_packs_and_models(name):
+    for node in template(name)["nodes"]:
+        ours = node["type"].startswith("LanceNative")
+        assert node["properties"]["cnr_id"] == ("lance-native" if ours else "comfy-core")
+        assert node["properties"]["ver"].count(".") == 2
+        if node["type"] == "LanceNativeLoader":
+            models = node["properties"]["models"]
+            assert {model["name"] for model in models} <= set(node["widgets_values"])
+            assert len(models) == 2
+            assert all(model["url"].startswith("https://huggingface.co/") for model in models)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    from comfy_fixtures import require_comfyui
+
+    require_comfyui()
+    folder = tmp_path_factory.mktemp("templates")
+    with ComfyServer(template_models(folder)) as running:
+        for media in example_media(folder):
+            running.upload_image(media)
+        yield running
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=NAMES)
+def test_widgets_fit_the_live_schema(workflow, server):
+    schemas = server.object_info()
+    for node in template(workflow.name)["nodes"]:
+        if node["type"] in NO_WIDGET_TYPES:
+            continue
+        inputs = schemas[node["type"]]["input"]
+        known = {name.split(".")[0] for part in ("required", "optional") for name in inputs.get(part, {})}
+        assert {found["name"].split(".")[0] for found in node["inputs"]} - known <= {"upload"}
+
+
+def small(graph):
+    """The same graph at sizes that a CPU draws in seconds."""
+    graph = copy.deepcopy(graph)
+    for node in graph.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "LanceNativeEmptyLatent":
+            frames = min(inputs["frames"], 13)
+            inputs.update(size="custom", width=96, height=64, frames=frames)
+        if inputs.get("resolution") == "auto":
+            makes_video = any(
+                other["class_type"] == "CreateVideo" or other["class_type"] == "LoadVideo" for other in graph.values()
+            )
+            inputs["resolution"] = "video_192p" if makes_video else "image_256res"
+        inputs.update({key: value for key, value in (("steps", 2), ("max_length", 6)) if key in inputs})
+    return graph
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=NAMES)
+def test_runs_on_the_tiny_checkpoint(workflow, server):
+    result = server.run(small(workflow.graph))
+    shown = result.outputs.get("save") or result.outputs.get("show")
+    assert shown.get("images") or shown.get("text")
+
+
+@pytest.mark.comfy
+def test_templates_in_the_web_page(server, tmp_path):
+    """Every template opens without a missing node or a red outline; one draws and one answers from the page."""
+    with open_ui(server) as page:
+        for name in NAMES:
+            load_workflow(page, template(name))
+            page.wait_for_timeout(300)
+            assert graph_errors(page) == [], name
+        load_workflow(page, small(twin(WORKFLOWS[0])))
+        queue_and_wait(page)
+        screenshot(page, tmp_path / "drawn.png")
+        saved = page.evaluate("() => app.graph.serialize()")
+        load_workflow(page, saved)
+        again = page.evaluate("() => app.graph.serialize()")
+        assert [node.get("widgets_values") for node in again["nodes"]] == [
+            node.get("widgets_values") for node in saved["nodes"]
+        ]
+        asking = next(workflow for workflow in WORKFLOWS if workflow.name == "Ask about an Image")
+        load_workflow(page, small(twin(asking)))
+        queue_and_wait(page)
+        screenshot(page, tmp_path / "answered.png")
+        assert graph_errors(page) == []
