@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
 
 from .files import VIT_CHOICES
 from .guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
-from .media import read_image, read_video, write_image, write_video
+from .media import check_suffix, read_image, read_video, write_image, write_video
 from .memory import OFFLOAD_KINDS
 from .pipeline import LancePipeline, Output
 from .preprocess import presets
@@ -44,8 +44,15 @@ guidance 4 are the model's own settings. Sizes are multiples of 16, frame counts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, as for everything that goes wrong later."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help explains)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lance_runtime",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -131,34 +138,58 @@ def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> str:
     """Do the task and write its file; returns the line to print."""
+    output = output_of(options)
     arguments = arguments_of(options)
     variant = options.variant or ("video" if options.task in VIDEO_TASKS else "image")
     dtype = DTYPES.get(options.dtype)
     pipe = LancePipeline.from_pretrained(options.model, variant, options.device, dtype, options.vit, options.offload)
-    with tqdm(desc=options.task, unit="token" if options.task in UNDERSTANDING_TASKS else "step") as bar:
-        out = pipe(options.task, options.prompt, progress=_advance(bar), **arguments)
-    return save(out, options)
+    with Progress(options.task) as progress:
+        out = pipe(options.task, options.prompt, progress=progress, **arguments)
+    return save(out, output, options.task)
 
 
-def save(out: Output, options: argparse.Namespace) -> str:
+def output_of(options: argparse.Namespace) -> Path | None:
+    """The file to write, None for an answer that is only printed; refused before anything is computed."""
+    if options.task in UNDERSTANDING_TASKS:
+        return options.output
+    clip = options.task in VIDEO_TASKS
+    path = options.output or Path(f"{options.task}.{'mp4' if clip else 'png'}")
+    check_suffix(path, clip)
+    return path
+
+
+def save(out: Output, path: Path | None, task: str) -> str:
+    if path is None:
+        return out.text or ""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if out.text is not None:
-        if options.output is not None:
-            options.output.write_text(out.text + "\n", "utf-8")
+        path.write_text(out.text + "\n", "utf-8")
         return out.text
-    path = options.output or Path(f"{options.task}.{'mp4' if options.task in VIDEO_TASKS else 'png'}")
-    if len(out.frames) > 1:
+    if task in VIDEO_TASKS:
         write_video(path, out.frames)
     else:
         write_image(path, out.frames[0])
     return str(path)
 
 
-def _advance(bar: tqdm) -> Callable[[int, int], None]:
-    def advance(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
+class Progress:
+    """A bar that appears with the first step: a call that is refused shows its error alone."""
 
-    return advance
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self.bar: tqdm | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(desc=self.task, total=total, unit="token" if self.task in UNDERSTANDING_TASKS else "step")
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

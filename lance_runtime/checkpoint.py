@@ -103,6 +103,7 @@ MODEL_RULES = (
     KeyRule("diffusion_model.", ""),
     KeyRule(POSITION_TABLE, None),
     KeyRule(VIT_PREFIX, None),
+    KeyRule("vae.", None),  # CheckpointSave puts the VAE beside the model
 )
 VIT_RULES = (KeyRule(VIT_PREFIX, ""), KeyRule("visual.", ""))
 

@@ -100,7 +100,8 @@ def predict_velocity(engine: Engine, latents: Tensor, timesteps: Tensor, branche
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = zip(branches, q.split(batch), k.split(batch), v.split(batch), strict=True)
         out = [engine.attend_fully(q_, *branch.cache.attached(layer, k_, v_)) for branch, q_, k_, v_ in parts]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        joined = out[0] if len(out) == 1 else torch.cat(out)
+        return joined if engine.attended is None else engine.attended(joined)
 
     hidden = engine.run(Streams(und, gen), rope, attend)
     return engine.model.velocity(hidden.gen, LatentShape(*latents.shape[2:]))

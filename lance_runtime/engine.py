@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ from .types import AttentionFunction
 class Engine:
     """A network, the type and device of its hidden states, and the host's hooks.
 
-    attention: the backend. around: see ``Lance.run_layers``.
+    attention: the backend. around: see ``Lance.run_layers``. attended: may change what the tokens of a target got from
+    attention, (B, 2 + tokens, H * d), the two vision tokens first.
     """
 
     model: Lance
@@ -25,6 +27,7 @@ class Engine:
     device: torch.device
     attention: AttentionFunction = sdpa
     around: Around | None = None
+    attended: Callable[[Tensor], Tensor] | None = None
 
     def embed(self, ids: list[int]) -> Tensor:
         """Embeddings (1, L, D) of token ids."""

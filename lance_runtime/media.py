@@ -9,14 +9,21 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FRAMES_PER_SECOND = 12
+CLIP_SUFFIXES = (".mp4", ".mov", ".mkv")
 
 
 def read_image(path: Path) -> Image.Image:
     """A picture, turned upright by its EXIF tag; ``ValueError`` for a file that is none."""
     try:
-        return ImageOps.exif_transpose(Image.open(path))
+        picture = ImageOps.exif_transpose(Image.open(path))
+        picture.load()
     except UnidentifiedImageError as error:
         raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is no picture.\nUse PNG, JPEG or WebP.") from error
+    except OSError as error:
+        if not path.is_file():
+            raise
+        raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is damaged: {error}.\nUse an intact copy.") from error
+    return picture
 
 
 def read_video(path: Path) -> tuple[np.ndarray, float]:
@@ -29,8 +36,18 @@ def read_video(path: Path) -> tuple[np.ndarray, float]:
             rate = float(track.average_rate or FRAMES_PER_SECOND)
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(track)]
     except (av.FFmpegError, IndexError) as error:
+        if not path.is_file():
+            raise
         raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is no video.\nUse MP4, MOV, WebM or GIF.") from error
     return np.stack(frames), rate
+
+
+def check_suffix(path: Path, clip: bool) -> None:
+    """``ValueError`` for a name whose suffix says nothing that a clip, or a picture, can be written as."""
+    known = CLIP_SUFFIXES if clip else tuple(end for end, name in Image.registered_extensions().items() if name in Image.SAVE)
+    if path.suffix.lower() not in known:
+        kind, usual = ("clip", ", ".join(CLIP_SUFFIXES)) if clip else ("picture", ".png, .jpg or .webp")
+        raise ValueError(f"{path.name} has the suffix {path.suffix!r}, which no {kind} has.\nUse {usual}.")
 
 
 def write_image(path: Path, frame: np.ndarray) -> None:

@@ -57,6 +57,17 @@ def bring(module: nn.Module) -> None:
         hook.pre_forward(module)
 
 
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """The device that is asked for, or the default; ``ValueError`` where this machine or this torch has no such thing."""
+    try:
+        found = torch.device(device) if device is not None else default_device()
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        reason = str(error).split("\n", maxsplit=1)[0].rstrip(".")
+        raise ValueError(f"Device {str(device)!r} cannot be used: {reason}.\nUse cpu, or leave the device out.") from error
+    return found
+
+
 def default_device() -> torch.device:
     """The accelerator that torch found, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None

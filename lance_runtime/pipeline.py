@@ -27,7 +27,7 @@ from .context import (
 from .decode import Sampling, decode
 from .denoise import Branches, Given, Step, check_noise, check_sigmas, denoise, draw_noise, flow_sigmas
 from .files import find_sources
-from .memory import add_offloading, bring, check_offload, default_device, default_dtype
+from .memory import add_offloading, bring, check_offload, checked_device, default_dtype
 from .prefill import Branch, branch, prefill
 from .prompts import system_sentence
 from .request import Request
@@ -91,7 +91,7 @@ class LancePipeline:
         (one part at a time on the device) or "layer". Raises ``FileNotFoundError`` and ``ValueError`` that name the file.
         """
         check_offload(offload)
-        target = torch.device(device) if device is not None else default_device()
+        target = checked_device(device)
         weights_on = target if offload == "none" else torch.device("cpu")
         sources = find_sources(Path(folder), variant, vit)
         components = load_components(sources, dtype or default_dtype(target), target, weights_on)

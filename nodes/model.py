@@ -28,6 +28,7 @@ from ..lance_runtime.types import LatentShape
 from .attention import comfy_attention
 from .recipe import CONDITIONING_KEY, Recipe
 
+BOUNDARY_TOKENS = 2
 WEIGHT_TYPES = {
     "default": None,
     "bfloat16": torch.bfloat16,
@@ -82,10 +83,18 @@ class LanceDiffusion(Lance):
         **unused: Any,
     ) -> Tensor:
         grid = LatentShape(*x.shape[2:])
-        engine = Engine(self, x.dtype, x.device, comfy_attention(options), partial(run_layer, options, self))
+        hooks = partial(run_layer, options, self), partial(patch_attended, options)
+        engine = Engine(self, x.dtype, x.device, comfy_attention(options), *hooks)
         branches = [part.branch(engine, grid) if isinstance(part, Prefix) else part for part in prefix]
         times = timesteps[:, None].expand(-1, grid.frames)
         return predict_velocity(engine, x, times if moving is None else times * moving, branches)
+
+
+def patch_attended(options: dict, attended: Tensor) -> Tensor:
+    """What attention gave, through the patches of other nodes (normalized attention guidance, say)."""
+    for patch in options.get("patches", {}).get("attn1_output_patch", ()):
+        attended = patch(attended, {**options, "img_slice": [BOUNDARY_TOKENS, attended.shape[1]]})
+    return attended
 
 
 def run_layer(options: dict, model: Lance, index: int, layer: Callable[[Streams], Streams], hidden: Streams) -> Streams:

@@ -48,7 +48,15 @@ def sampling_inputs() -> list[io.Input]:
             advanced=True,
         ),
         io.Float.Input("top_p", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="Leaves unlikely words out.", advanced=True),
-        io.Int.Input("seed", default=42, min=0, max=2**64 - 1, tooltip="For a temperature above 0.", advanced=True),
+        io.Int.Input(
+            "seed",
+            default=42,
+            min=0,
+            max=2**64 - 1,
+            tooltip="For a temperature above 0.",
+            control_after_generate=io.ControlAfterGenerate.fixed,
+            advanced=True,
+        ),
     ]
 
 
