@@ -1,4 +1,4 @@
-"""Builds ``workflows/`` and ``tests/workflows/`` from their definitions, with the real ComfyUI and its web page.
+"""Builds ``workflows/``, ``subgraphs/`` and ``tests/workflows/`` with the real ComfyUI and its web page.
 
 Run: ``python tests/build_workflows.py`` with COMFYUI_PATH set (or comfy-cli's default workspace) and Chromium installed.
 """
@@ -77,6 +77,63 @@ ARRANGE = """({columns, sizes, gap, top, note}) => {
 }"""
 
 
+# Blueprints: the templates of the nine tasks as one box each, named for people.
+BLUEPRINTS = {
+    "Text to Image": "Lance Text to Image",
+    "Text to Video": "Lance Text to Video",
+    "Image to Video": "Lance Image to Video",
+    "Edit an Image": "Lance Edit Image",
+    "Edit a Video": "Lance Edit Video",
+    "Subject in a New Scene": "Lance Subject Image",
+    "Subject in a Video": "Lance Subject Video",
+    "Ask about an Image": "Lance Ask Image",
+    "Ask about a Video": "Lance Ask Video",
+}
+# What stays outside of the box, and the widgets that the box shows.
+OUTSIDE = ["LoadImage", "LoadVideo", "SaveImage", "SaveVideo", "PreviewAny", "MarkdownNote"]
+PROMOTED = [
+    ["LanceNativeSampler", "prompt"],
+    ["LanceNativeAsk", "question"],
+    ["LanceNativeEmptyLatent", "size"],
+    ["LanceNativeEmptyLatent", "frames"],
+    ["LanceNativeSampler", "seed"],
+    ["LanceNativeSampler", "steps"],
+    ["LanceNativeSampler", "cfg"],
+    ["LanceNativeLoader", "model_name"],
+    ["LanceNativeLoader", "vae_name"],
+]
+CONVERT = """({outside, promoted, name, description}) => {
+    const inner = app.graph._nodes.filter((node) => !outside.includes(node.type));
+    const {subgraph, node} = app.graph.convertToSubgraph(new Set(inner));
+    subgraph.name = node.title = name;
+    for (const [type, widget] of promoted) {
+        const free = (input) => input.widget?.name === widget && input.link == null;
+        const target = subgraph._nodes.find((one) => one.type === type && one.inputs.some(free));
+        if (!target) continue;
+        const slot = target.inputs.find(free);
+        subgraph.addInput(widget, slot.type).connect(slot, target);
+    }
+    node.pos = [80, 80];
+    node.setSize([420, 360]);
+    const graph = app.graph.serialize();
+    Object.assign(graph.definitions.subgraphs[0], {category: "Lance", description});
+    return {...graph, links: [], nodes: graph.nodes.filter((one) => one.id === node.id)};
+}"""
+
+
+def blueprint(page: Any, workflow: Workflow) -> dict[str, Any]:
+    """A template as one box, without the nodes that load and save."""
+    load_workflow(page, workflow.graph)
+    arguments = {"outside": OUTSIDE, "promoted": PROMOTED, "name": BLUEPRINTS[workflow.name], "description": workflow.note}
+    graph = page.evaluate(CONVERT, arguments)
+    for node in graph["nodes"]:
+        for slot in (*node["inputs"], *node["outputs"]):
+            slot.update({"link": None} if "link" in slot else {"links": []})
+    for node in graph["definitions"]["subgraphs"][0]["nodes"]:
+        _describe(node)
+    return {**graph, "extra": {}}
+
+
 def ui_format(page: Any, workflow: Workflow) -> dict[str, Any]:
     """The template as the web page itself would save it, laid out in our columns."""
     load_workflow(page, workflow.graph)
@@ -120,6 +177,10 @@ def _write(page: Any, folder: Path) -> None:
         twin = HERE / "workflows" / f"{workflow.slug}.api.json"
         twin.write_text(json.dumps(workflow.graph, indent=1, ensure_ascii=False) + "\n", "utf-8")
         _thumbnail(page, folder / "shot.png", target.with_suffix(".jpg"))
+    for workflow in WORKFLOWS:
+        if workflow.name in BLUEPRINTS:
+            box = HERE.parent / "subgraphs" / f"{BLUEPRINTS[workflow.name]}.json"
+            box.write_text(json.dumps(blueprint(page, workflow), indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _thumbnail(page: Any, shot: Path, target: Path) -> None:

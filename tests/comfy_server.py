@@ -209,6 +209,9 @@ class ComfyServer:
     def history(self, prompt_id: str = "") -> dict[str, Any]:
         return self._request(f"/history/{prompt_id}" if prompt_id else "/history")
 
+    def get(self, route: str) -> Any:
+        return self._request(route)
+
     def post(self, route: str, value: Any) -> Any:
         return self._request(route, json.dumps(value).encode(), "application/json")
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from build_workflows import BLUEPRINTS
 from comfy_browser import graph_errors, load_workflow, open_ui, queue_and_wait, screenshot
 from comfy_server import ComfyServer
 from single_files import example_media, template_models
@@ -101,6 +102,37 @@ def test_runs_on_the_tiny_checkpoint(workflow, server):
     result = server.run(small(workflow.graph))
     shown = result.outputs.get("save") or result.outputs.get("show")
     assert shown.get("images") or shown.get("text")
+
+
+def blueprints():
+    return sorted((ROOT / "subgraphs").glob("*.json"))
+
+
+def test_there_is_a_box_for_each_of_the_nine_tasks():
+    assert [path.stem for path in blueprints()] == sorted(BLUEPRINTS.values())
+    assert len(blueprints()) == 9
+
+
+@pytest.mark.comfy
+def test_comfyui_offers_the_templates_and_boxes(server):
+    offered = server.get("/workflow_templates")
+    assert sorted(offered["lance-native"]) == sorted(NAMES)
+    boxes = server.get("/global_subgraphs").values()
+    assert {box["name"] for box in boxes if box["info"]["node_pack"].endswith("lance-native")} == set(BLUEPRINTS.values())
+
+
+@pytest.mark.comfy
+def test_boxes_in_the_web_page(server, tmp_path):
+    """Every blueprint opens as one node that shows its prompt or question, and nothing is missing inside."""
+    with open_ui(server) as page:
+        for path in blueprints():
+            load_workflow(page, json.loads(path.read_text("utf-8")))
+            page.wait_for_timeout(300)
+            assert graph_errors(page) == [], path.stem
+            names = page.evaluate("() => app.graph._nodes[0].widgets.map((widget) => widget.name)")
+            assert {"prompt", "question"} & set(names), path.stem
+            assert "model_name" in names
+        screenshot(page, tmp_path / "box.png")
 
 
 def widgets(graph):
