@@ -37,6 +37,7 @@ SIZES = {
     "LanceNativeAsk": [380, 380],
     "LanceNativeEnhancePrompt": [380, 300],
     "LanceNativeEmptyLatent": [300, 240],
+    "VAEDecode": [200, 50],
     "LoadImage": [300, 320],
     "LoadVideo": [300, 320],
     "PreviewAny": [320, 200],

@@ -185,7 +185,7 @@ WORKFLOWS = (
         "Continue a Video",
         "The last 9 frames of the clip are the first of the new one. The clip should play at 12 frames a second.",
         (
-            {**load(VIDEO_MODEL), **clip(), "empty": empty("480p 16:9", 49)},
+            {**load(VIDEO_MODEL), "empty": empty("480p 16:9", 49), **clip()},
             {
                 "frames": node("GetVideoComponents", video=["clip", 0]),
                 "start": video_start(continue_from=["frames", 0]),
