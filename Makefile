@@ -36,8 +36,9 @@ help:  ## this list
 demo: $(READY)  ## a picture, an edit and an answer with the tiny bundled checkpoint, into demo/
 	$(BIN)/python tests/demo/make_demo.py
 
+# One thread: the tests' tensors are too small to share, and two threads on a busy machine wait for each other.
 test: $(READY)  ## all tests; make test PYTEST_ARGS="-x -k parity" passes arguments on
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff's rules and format, and the types of lance_runtime/
 	$(BIN)/ruff check .

@@ -111,7 +111,7 @@ class Context:
         """The same list with another prompt in the place of the prompt (a negative prompt), before its last template."""
         bare = self.without(Modality.PROMPT).segments
         prompt = (Segment.text(ids, Modality.PROMPT),) if ids else ()
-        return replace(self, segments=(*bare[:-1], *prompt, bare[-1]))
+        return replace(self, segments=(*bare[:-1], *prompt, *bare[-1:]))
 
     @property
     def visuals(self) -> tuple[Segment, ...]:

@@ -30,7 +30,7 @@ from .files import find_sources
 from .memory import add_offloading, bring, check_offload, checked_device, default_dtype
 from .prefill import Branch, branch, prefill
 from .prompts import system_sentence
-from .request import Request
+from .request import LOGGER, Request
 from .tokenizer import IM_END
 from .types import VISUAL_CONDITIONS, LatentShape, Modality
 from .visuals import encode_given, source_segments
@@ -70,8 +70,8 @@ class Output:
 class LancePipeline:
     """All nine tasks over one set of weights."""
 
-    def __init__(self, components: Components) -> None:
-        self.components = components
+    def __init__(self, components: Components, variant: str | None = None) -> None:
+        self.components, self.variant = components, variant
 
     @classmethod
     def from_pretrained(
@@ -96,7 +96,7 @@ class LancePipeline:
         sources = find_sources(Path(folder), variant, vit)
         components = load_components(sources, dtype or default_dtype(target), target, weights_on)
         add_offloading(components, offload)
-        return cls(components)
+        return cls(components, variant)
 
     def __call__(self, task: str, prompt: str = "", *, progress: Progress | None = None, **arguments: Any) -> Output:
         """Run a task to its end.
@@ -127,7 +127,11 @@ class LancePipeline:
 
     def request(self, task: str, prompt: str = "", **arguments: Any) -> Request:
         """The arguments of a call, checked and completed; what the methods below take."""
-        return Request(task, prompt, **arguments).checked()
+        request = Request(task, prompt, **arguments).checked()
+        fitting = "video" if request.makes_video else "image"
+        if self.variant not in (None, fitting):
+            LOGGER.warning("[Lance] %s is what the %s checkpoint was trained for, not the %s one.", task, fitting, self.variant)
+        return request
 
     @torch.no_grad()
     def layout(self, task: str, prompt: str = "", **arguments: Any) -> Layout:

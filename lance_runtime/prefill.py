@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config import LanceConfig
 from .context import Layout, Mode, Segment, Split, VisionTokens
 from .engine import Engine
 from .kv_cache import KVCache
@@ -87,7 +88,8 @@ def _embed(engine: Engine, block: Sequence[Split], vision: VisionTokens) -> tupl
     if segment.mode == Mode.CAUSAL:
         und = engine.embed([i for split in block for i in split.segment.ids])
         return Streams(und=und), Streams(und=engine.rope(positions))
-    boundary, values = engine.embed([vision.start, vision.end]), _values(segment).to(engine.device, engine.dtype)[None]
+    boundary = engine.embed([vision.start, vision.end])
+    values = _values(segment, engine.model.config).to(engine.device, engine.dtype)[None]
     if segment.mode == Mode.FULL:
         und = torch.cat([boundary[:, :1], values, boundary[:, 1:]], dim=1)
         return Streams(und=und), Streams(und=engine.rope(positions))
@@ -96,9 +98,17 @@ def _embed(engine: Engine, block: Sequence[Split], vision: VisionTokens) -> tupl
     return Streams(boundary, gen), _visual_rope(engine, positions)
 
 
-def _values(segment: Segment) -> Tensor:
+def _values(segment: Segment, config: LanceConfig) -> Tensor:
+    """Values of a visual; ``ValueError`` where it has none, or those of a model of other sizes."""
     if segment.values is None:
         raise ValueError(f"A visual segment of {len(segment)} tokens has 0 values.\nBuild it with Segment.vit or .latents.")
+    full, shape = segment.mode == Mode.FULL, list(segment.values.shape)
+    expected = [segment.grid.tokens, config.hidden_size] if full else [config.latent_channels, *segment.grid]
+    if shape != expected:
+        raise ValueError(
+            f"A visual segment has values of shape {shape} where this model takes {expected}.\n"
+            "Encode the picture with the vision tower and the VAE of the same model."
+        )
     return segment.values
 
 

@@ -173,6 +173,11 @@ class Request:
             )
         if (self.given_frames and not self.makes_video) or (self.given_frames and self.understands):
             raise ValueError(f"{self.task} cannot hold {len(self.given_frames)} given frames.\nUse t2v or i2v.")
+        if self.task == "i2v" and self.images and 0 in (self.given_frames or {}):
+            raise ValueError("i2v has 2 first frames: its image, and given frame 0.\nPass one of them.")
+        sizes = [name for name in ("height", "width", "num_frames") if getattr(self, name) is not None]
+        if self.understands and sizes:
+            raise ValueError(f"{self.task} draws nothing, and got {len(sizes)} sizes: {', '.join(sizes)}.\nUse resolution.")
         if self.understands and self.context is not None and not self.context.segments:
             raise ValueError(f"{self.task} needs a context of 1 segment at least, and got 0.\nAdd a text or a visual to it.")
         stills = [image for image in self.images if len(image) != 1]

@@ -7,11 +7,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..lance_runtime.context import Context, Layout, Mode, drawing, layout
-from ..lance_runtime.types import LatentShape, Modality
+from ..lance_runtime.types import Modality
 from .clip import LanceTextModel, lance_of
+from .pictures import grid_of
 from .schema import CATEGORY, LanceContext, io
 
-WIDTH, MARGIN, STRIP, ROW = 960, 24, 56, 30
+WIDTH, MARGIN, STRIP, ROW, GAP, SIDE = 960, 24, 56, 30, 12, 196
 COLOURS = {
     Modality.TEMPLATE: (148, 148, 160),
     Modality.PROMPT: (90, 150, 230),
@@ -42,8 +43,8 @@ class LanceNativeContextInspector(io.ComfyNode):
             search_aliases=["debug", "tokens", "sequence", "attention", "memory"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
-                LanceContext.Input("context"),
-                io.String.Input("prompt", multiline=True, default=""),
+                LanceContext.Input("context", tooltip="The context to look at."),
+                io.String.Input("prompt", multiline=True, default="", tooltip="The prompt to show behind it; may be empty."),
                 io.Latent.Input("latent", optional=True, tooltip="The latent to begin with: shows the target too."),
             ],
             outputs=[io.Image.Output(display_name="picture"), io.String.Output(display_name="text")],
@@ -53,7 +54,7 @@ class LanceNativeContextInspector(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, context: Context, prompt: str, latent: dict | None = None) -> io.NodeOutput:
         lance = lance_of(clip)
-        target = None if latent is None else LatentShape(*latent["samples"].shape[2:])
+        target = None if latent is None else grid_of(latent)
         sequence = layout(drawing(lance.tokenizer, context, prompt), target)
         text = describe(sequence, lance)
         picture = torch.from_numpy(np.asarray(draw(sequence, text))).float().div(255)[None]
@@ -86,19 +87,20 @@ def cache_megabytes(lance: LanceTextModel, tokens: int) -> float:
 def draw(sequence: Layout, text: str) -> Image.Image:
     """A strip of coloured segments over the lines of the description, and who sees whom as a matrix."""
     lines, font = text.split("\n"), ImageFont.load_default(13)
-    side = 220
-    image = Image.new("RGB", (WIDTH, 2 * MARGIN + STRIP + ROW + ROW * len(lines) + side), (32, 33, 38))
+    below = MARGIN + STRIP + GAP + ROW * len(lines)
+    image = Image.new("RGB", (WIDTH, below + SIDE + MARGIN), (32, 33, 38))
     pen = ImageDraw.Draw(image)
     edges = _edges(sequence, WIDTH - 2 * MARGIN)
     for split, (left, right) in zip(sequence.splits, edges, strict=True):
         box = (MARGIN + left, MARGIN, MARGIN + max(right - 1, left + 1), MARGIN + STRIP)
         pen.rectangle(box, fill=COLOURS[split.segment.modality])
     for index, line in enumerate(lines):
-        top = MARGIN + STRIP + 12 + ROW * index
+        top = MARGIN + STRIP + GAP + ROW * index
         if index < len(sequence.splits):
             pen.rectangle((MARGIN, top + 2, MARGIN + 12, top + 14), fill=COLOURS[sequence.splits[index].segment.modality])
         pen.text((MARGIN + 22, top), line, fill=(226, 226, 232), font=font)
-    _draw_matrix(pen, sequence, (MARGIN, MARGIN + STRIP + 12 + ROW * len(lines)), side - MARGIN)
+    _draw_matrix(pen, sequence, (MARGIN, below), SIDE)
+    pen.text((MARGIN + SIDE + 22, below), "Who sees whom: each row sees the columns that are filled.", (226, 226, 232), font)
     return image
 
 

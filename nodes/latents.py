@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..lance_runtime.types import TEMPORAL_STRIDE, LatentShape, PixelShape
 from ..lance_runtime.visuals import encode_given
-from .pictures import FORMAT, empty_latent, encode, frames_of
+from .pictures import FORMAT, empty_latent, encode, frames_of, grid_of
 from .schema import CATEGORY, io
 
 CUSTOM = "custom"
@@ -70,7 +70,7 @@ class LanceNativeEmptyLatent(io.ComfyNode):
                     tooltip="Instead of frames, where above 0.",
                     advanced=True,
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=64),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Results to draw at once."),
             ],
             outputs=[
                 io.Latent.Output(),
@@ -133,7 +133,7 @@ class LanceNativeVideoStart(io.ComfyNode):
         middle: Tensor | None = None,
         continue_from: Tensor | None = None,
     ) -> io.NodeOutput:
-        grid, batch = LatentShape(*latent["samples"].shape[2:]), latent["samples"].shape[0]
+        grid, batch = grid_of(latent), latent["samples"].shape[0]
         pictures = _continued(continue_from, overlap) if continue_from is not None else {}
         for index, picture in ((0, first), (round(middle_at * (grid.frames - 1)), middle), (grid.frames - 1, last)):
             if picture is not None:

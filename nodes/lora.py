@@ -62,7 +62,9 @@ class LanceNativeLoraLoader(io.ComfyNode):
             inputs=[
                 io.Model.Input("model"),
                 io.Clip.Input("clip"),
-                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras")),
+                io.Combo.Input(
+                    "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A LoRA for Lance (models/loras)."
+                ),
                 io.Float.Input("strength_model", **strength, tooltip="How much it changes pictures."),
                 io.Float.Input("strength_clip", **strength, tooltip="How much it changes answers."),
             ],

@@ -1,5 +1,6 @@
 """Lance as ComfyUI's MODEL: one root module with both experts, and a prefix that lives for one sampling run."""
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,10 @@ from ..lance_runtime.prefill import Branch, branch
 from ..lance_runtime.tokenizer import LanceTokenizer
 from ..lance_runtime.types import LatentShape
 from .attention import comfy_attention
+from .pictures import check_channels
 from .recipe import CONDITIONING_KEY, Recipe
 
+LOGGER = logging.getLogger("lance")
 BOUNDARY_TOKENS = 2
 WEIGHT_TYPES = {
     "default": None,
@@ -70,7 +73,8 @@ class LanceDiffusion(Lance):
         kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         wrappers = comfy.patcher_extension.get_all_wrappers(kind, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
-        return executor.execute(x, timesteps, context, options, **conds)
+        # A copy: EasyCache writes its result into x, and where nothing was cast that is what ComfyUI still computes with.
+        return executor.execute(x.clone() if wrappers else x, timesteps, context, options, **conds)
 
     def _forward(
         self,
@@ -171,6 +175,8 @@ class LanceModel(comfy.model_base.BaseModel):
 
     def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
         prefix = Prefix(Recipe.of(kwargs.get(CONDITIONING_KEY), kwargs.get("cross_attn")), self.tokenizer)
+        if not self.prefixes and "noise" in kwargs:  # the first of a run
+            self._check_variant(frames=kwargs["noise"].shape[2])
         self.prefixes.append(prefix)
         conds: dict[str, comfy.conds.CONDRegular] = {"prefix": CONDPrefix(prefix)}
         mask, latents = kwargs.get("denoise_mask"), kwargs.get("latent_image")
@@ -178,6 +184,16 @@ class LanceModel(comfy.model_base.BaseModel):
             conds["given_mask"] = comfy.conds.CONDNoiseShape(mask[:, :1])
             conds["given_latents"] = comfy.conds.CONDNoiseShape(latents)
         return conds
+
+    def _check_variant(self, frames: int) -> None:
+        """The tensors of the two checkpoints match, their training does not."""
+        fitting = "image" if frames == 1 else "video"
+        if self.variant not in (None, fitting):
+            LOGGER.warning("[Lance] This is the %s checkpoint; the %s checkpoint draws this better.", self.variant, fitting)
+
+    def process_latent_in(self, latent: Tensor) -> Tensor:
+        check_channels(latent)
+        return super().process_latent_in(latent)
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
         recipe = kwargs.get(CONDITIONING_KEY)
@@ -215,6 +231,11 @@ class LanceModel(comfy.model_base.BaseModel):
         for prefix in self.prefixes:
             prefix.clear()
         self.prefixes.clear()
+
+
+def check_model(model: comfy.model_patcher.ModelPatcher) -> None:
+    if not isinstance(model.model, LanceModel):
+        raise ValueError(f"This MODEL is a {type(model.model).__name__}, not Lance's.\nConnect the MODEL of Load Lance.")
 
 
 class LanceModelConfig(comfy.supported_models_base.BASE):

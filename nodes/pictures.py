@@ -71,13 +71,24 @@ def raw_latent(latents: Tensor) -> dict[str, Any]:
 def normalised(latent: dict[str, Any]) -> Tensor:
     """A LATENT's first sample as normalised latents (48, t, h, w); ``ValueError`` for those of another model."""
     samples = latent["samples"]
+    check_channels(samples)
     samples = samples[:, :, None] if samples.ndim == 4 else samples
+    return FORMAT.process_in(samples.float().cpu())[0]
+
+
+def grid_of(latent: dict[str, Any]) -> LatentShape:
+    """The size of a LATENT; ``ValueError`` for one of another model."""
+    samples = latent["samples"]
+    check_channels(samples)
+    return LatentShape(*samples.shape[2:]) if samples.ndim == 5 else LatentShape(1, *samples.shape[2:])
+
+
+def check_channels(samples: Tensor) -> None:
     if samples.shape[1] != FORMAT.latent_channels:
         raise ValueError(
             f"These latents have {samples.shape[1]} channels; Lance's have {FORMAT.latent_channels}.\n"
-            "Encode the picture with the VAE of Load Lance."
+            "Encode the picture with the VAE of Load Lance, or begin with Empty Lance Latent."
         )
-    return FORMAT.process_in(samples.float().cpu())[0]
 
 
 def empty_latent(grid: LatentShape, batch: int = 1) -> dict[str, Any]:

@@ -17,11 +17,15 @@ from ..lance_runtime.types import LatentShape
 from .clip import lance_of
 from .conditioning import conditionings
 from .guidance import patched
+from .model import check_model
 from .schema import CATEGORY, LanceContext, io
 
 PROMPT = "Long, literal prompts that name camera and motion work best."
 NEGATIVE = "What to keep away from. Empty, as in training: no prompt at all."
 CONTEXT = "Pictures that the prompt refers to (Lance Edit, Lance Subject, Lance Context). Without it: text only."
+SEED = "The noise to begin with; the same seed draws the same again."
+SHIFT = "How long the steps stay at high noise. 3.5 is the model's own (3 for VBench's videos)."
+DENOISE = "Below 1, begin inside the schedule, from a picture that is already there."
 POSITIONS = "Where the text behind a missing prompt stands: 'cached' is the reference's default path, 'dense' its other one."
 
 
@@ -83,9 +87,11 @@ class LanceNativeGuidance(io.ComfyNode):
         return io.NodeOutput(patched(model, guidance))
 
     @classmethod
-    def validate_inputs(cls, interval_start: float, interval_end: float) -> bool | str:
-        if interval_start > interval_end:
-            return f"interval_start {interval_start} lies above interval_end {interval_end}. The default is 0.4 to 1."
+    def validate_inputs(cls, interval_start: float | None, interval_end: float | None) -> bool | str:
+        """ComfyUI leaves the limits of these two to us; a linked one comes as None."""
+        known = [value for value in (interval_start, interval_end) if value is not None]
+        if any(not 0 <= value <= 1 for value in known) or known != sorted(known):
+            return f"interval {interval_start} to {interval_end} does not rise within 0 to 1. The default is 0.4 to 1."
         return True
 
 
@@ -146,7 +152,7 @@ class LanceNativeScheduler(io.ComfyNode):
                     min=0.01,
                     max=100.0,
                     step=0.01,
-                    tooltip="How long the steps stay at high noise. 3.5 is the model's own (3 for VBench's videos).",
+                    tooltip=SHIFT,
                 ),
                 io.Float.Input(
                     "denoise",
@@ -154,7 +160,7 @@ class LanceNativeScheduler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Below 1, begin inside the schedule, from a picture that is already there.",
+                    tooltip=DENOISE,
                 ),
             ],
             outputs=[io.Sigmas.Output()],
@@ -182,7 +188,7 @@ class LanceNoise:
         samples = input_latent["samples"]
         channels, grid = samples.shape[1], LatentShape(*samples.shape[2:])
         indices = input_latent.get("batch_index", range(samples.shape[0]))
-        drawn = [draw_noise(self.context, grid, self.seed + index, channels) for index in indices]
+        drawn = [draw_noise(self.context, grid, (self.seed + index) % 2**64, channels) for index in indices]
         return torch.stack(drawn)
 
 
@@ -196,7 +202,7 @@ class LanceNativeNoise(io.ComfyNode):
             description="Noise as the reference draws it, so that a seed gives the reference's picture.",
             search_aliases=["random noise", "seed", "lance seed"],
             inputs=[
-                io.Int.Input("noise_seed", default=42, min=0, max=2**64 - 1, control_after_generate=True),
+                io.Int.Input("noise_seed", default=42, min=0, max=2**64 - 1, control_after_generate=True, tooltip=SEED),
                 LanceContext.Input(
                     "context",
                     optional=True,
@@ -228,11 +234,11 @@ class LanceNativeSampler(io.ComfyNode):
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, default="", tooltip=PROMPT),
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", tooltip=NEGATIVE),
                 LanceContext.Input("context", optional=True, tooltip=CONTEXT),
-                io.Int.Input("seed", default=42, min=0, max=2**64 - 1, control_after_generate=True),
+                io.Int.Input("seed", default=42, min=0, max=2**64 - 1, control_after_generate=True, tooltip=SEED),
                 io.Int.Input("steps", default=30, min=1, max=1000, tooltip="30 is the model's own; the benchmarks use 50."),
                 io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="4 is the model's own; 1 is off."),
-                io.Float.Input("shift", default=3.5, min=0.01, max=100.0, step=0.01, advanced=True),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True),
+                io.Float.Input("shift", default=3.5, min=0.01, max=100.0, step=0.01, tooltip=SHIFT, advanced=True),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=DENOISE, advanced=True),
                 *guidance_inputs(advanced=True),
                 io.Combo.Input(
                     "uncond_positions", options=list(UNCOND_POSITIONS), default="cached", tooltip=POSITIONS, advanced=True
@@ -258,6 +264,7 @@ class LanceNativeSampler(io.ComfyNode):
         context: Context | None = None,
         **guidance: Any,
     ) -> io.NodeOutput:
+        check_model(model)
         positive, negative, _ = conditionings(lance_of(clip), context, prompt, negative_prompt, uncond_positions)
         interval = guidance.pop("interval_start"), guidance.pop("interval_end")
         guider = comfy.samplers.CFGGuider(patched(model, Guidance(interval=interval, **guidance)))
@@ -266,7 +273,7 @@ class LanceNativeSampler(io.ComfyNode):
         return io.NodeOutput(sample(guider, latent, LanceNoise(seed, context), schedule(steps, shift, denoise)))
 
     @classmethod
-    def validate_inputs(cls, interval_start: float, interval_end: float) -> bool | str:
+    def validate_inputs(cls, interval_start: float | None, interval_end: float | None) -> bool | str:
         return LanceNativeGuidance.validate_inputs(interval_start, interval_end)
 
 

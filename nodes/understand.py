@@ -141,7 +141,9 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
             search_aliases=["rewrite prompt", "prompt upsampling", "expand prompt", "magic prompt"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True, default=""),
+                io.String.Input(
+                    "prompt", multiline=True, dynamic_prompts=True, default="", tooltip="A few words: what shall be drawn."
+                ),
                 io.Combo.Input(
                     "style",
                     options=["image", "video", "edit", "image to video"],

@@ -51,4 +51,4 @@ def arguments(task: str) -> dict[str, Any]:
     return {"task": task, "prompt": "the dog in the park", "steps": 2, "guidance": EVERYWHERE, **own}
 
 
-__all__ = ["EVERYWHERE", "GENERATION_TASKS", "IMAGE", "UNDERSTANDING_TASKS", "VIDEO", "Guidance", "arguments", "clip", "variant"]
+__all__ = ["GENERATION_TASKS", "UNDERSTANDING_TASKS", "Guidance"]

@@ -8,7 +8,38 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Data flows one way: a room imports only from rooms above it.
-ORDER = ["types", "config", "checkpoint", "tokenizer", "prompts", "preprocess", "positions", "context", "model.rope", "model.attention", "model.embeddings", "model.transformer", "model.vision", "engine", "vae", "kv_cache", "prefill", "guidance", "denoise", "decode", "files", "components", "memory", "visuals", "request", "pipeline", "media", "grounding", "__init__", "__main__"]
+ORDER = [
+    "types",
+    "config",
+    "checkpoint",
+    "tokenizer",
+    "prompts",
+    "preprocess",
+    "positions",
+    "context",
+    "model.rope",
+    "model.attention",
+    "model.embeddings",
+    "model.transformer",
+    "model.vision",
+    "engine",
+    "vae",
+    "kv_cache",
+    "prefill",
+    "guidance",
+    "denoise",
+    "decode",
+    "files",
+    "components",
+    "memory",
+    "visuals",
+    "request",
+    "pipeline",
+    "media",
+    "grounding",
+    "__init__",
+    "__main__",
+]
 COMFYUI = {
     "comfy",
     "comfy_api",

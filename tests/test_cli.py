@@ -65,7 +65,7 @@ def test_image_tasks_write_png(task, options, size, capsys, image_pipe):
     with Image.open(f"{task}.png") as picture:
         assert picture.format == "PNG"
         assert picture.mode == "RGB"
-        expected = image_pipe.request("image_edit", images=[goldens.image("wide.png")], resolution=tasks.IMAGE).target().pixels()
+        expected = image_pipe.request(**tasks.arguments("image_edit")).target().pixels()
         assert picture.size == (size or (expected.width, expected.height))
 
 
@@ -126,7 +126,9 @@ def test_a_clip_keeps_its_colours(clip_file):
     stored = tasks.clip()["video"]
     assert rate == 12.0
     assert found.shape == stored.shape
-    assert abs(found.astype(float) - stored).mean() < 3
+    error = found.astype(float) - stored
+    assert abs(error).mean() < 4
+    assert abs(error.mean(axis=(0, 1, 2))).max() < 2  # another matrix or range would shift a channel
 
 
 @pytest.mark.parametrize("output", [[], ["--output", "one.mp4"]])
@@ -137,8 +139,8 @@ def test_a_clip_of_one_frame_is_a_clip(output, capsys):
 
 def test_every_option_reaches_the_pipeline(image_pipe):
     options = ["--guidance", "3", "--interval", "0.1", "0.9", "--renorm", "channel", "--uncond-positions", "dense"]
-    options += ["--visual-guidance", "1.5", "--negative-prompt", "blur", "--shift", "2", "--instruction", "Draw:", "--seed", "3"]
-    assert main(["image_edit", *MODEL, *PROMPT, *EDIT, "--steps", "2", "--output", "a.png", *options]) == 0
+    options += ["--visual-guidance", "1.5", "--negative-prompt", "blur", "--shift", "2", "--instruction", "Draw:"]
+    assert main(["image_edit", *MODEL, *PROMPT, *EDIT, "--steps", "2", "--seed", "3", "--output", "a.png", *options]) == 0
     guidance = tasks.Guidance(scale=3, interval=(0.1, 0.9), renorm="channel", visual_scale=1.5, uncond_positions="dense")
     arguments = {"negative_prompt": "blur", "shift": 2.0, "instruction": "Draw:", "seed": 3, "guidance": guidance, "steps": 2}
     images = {"images": [goldens.image("wide.png")], "resolution": tasks.IMAGE}
@@ -146,16 +148,15 @@ def test_every_option_reaches_the_pipeline(image_pipe):
     np.testing.assert_array_equal(np.array(Image.open("a.png")), expected.frames[0])
 
 
-@pytest.mark.parametrize("options", [["--vit", "standalone"], ["--offload", "model"], ["--offload", "layer"], ["--dtype", "bfloat16"]])
-def test_model_options_are_taken(options, capsys):
-    assert main(["x2t_image", *MODEL, *EDIT, "--max-new-tokens", "1", *options]) == 0
+@pytest.mark.parametrize("option", ["--vit=standalone", "--offload=model", "--offload=layer", "--dtype=bfloat16"])
+def test_model_options_are_taken(option, capsys):
+    assert main(["x2t_image", *MODEL, *EDIT, "--max-new-tokens", "1", option]) == 0
 
 
 def test_the_variant_follows_the_task_or_the_wish(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for task, variant, folder in (("t2v", [], "Lance_3B_Video"), ("t2i", [], "Lance_3B/"), ("t2i", ["video"], "Lance_3B_Video")):
-        wish = ["--variant", *variant] if variant else []
-        assert main([task, "--model", str(tmp_path / "empty"), *wish]) == 2
+    for wish, folder in ((["t2v"], "Lance_3B_Video/"), (["t2i"], "Lance_3B/"), (["t2i", "--variant=video"], "Lance_3B_Video/")):
+        assert main([*wish, "--model", str(tmp_path / "empty")]) == 2
         assert folder in capsys.readouterr().err
 
 

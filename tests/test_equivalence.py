@@ -333,19 +333,14 @@ def test_a_small_top_p_is_greedy_however_hot(image_pipe):
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(image_pipe):
-    arguments = tasks.arguments("x2t_image") | {"max_new_tokens": 1, "temperature": 1.0}
-    logits = full_pass.logits(image_pipe.components.model, layout(context_of(image_pipe, "x2t_image")))
-    probabilities, order = logits[: len(image_pipe.components.tokenizer)].softmax(-1).sort(descending=True)
+    context = context_of(image_pipe, "x2t_image")
+    arguments = tasks.arguments("x2t_image") | {"max_new_tokens": 1, "temperature": 1.0, "context": context}
+    logits = full_pass.logits(image_pipe.components.model, layout(context))[: len(image_pipe.components.tokenizer)]
+    probabilities, order = logits.softmax(-1).sort(descending=True)
     kept = int((probabilities.cumsum(0) < 0.1).sum()) + 1
-    nucleus = set(order[:kept].tolist())
-    engine, sequence = image_pipe.components.engine, layout(context_of(image_pipe, "x2t_image"))
-    seen = {
-        image_pipe(**arguments, context=context_of(image_pipe, "x2t_image"), top_p=0.1, seed=s).token_ids[0] for s in range(40)
-    }
-    assert engine.model.config.vocab_size > kept > 1
-    assert seen <= nucleus
-    assert len(seen) > 1
-    assert prefill(engine, sequence)[0].length == sum(sequence.split_lens)
+    seen = {image_pipe(**arguments, top_p=0.1, seed=seed).token_ids[0] for seed in range(20)}
+    assert 1 < len(seen) <= kept
+    assert seen <= set(order[:kept].tolist())
 
 
 @pytest.mark.parametrize("task", ["t2i", "image_edit", "subject_image", "x2t_image", "x2t_video"])

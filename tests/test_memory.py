@@ -97,7 +97,8 @@ def watched(monkeypatch):
     pipe = LancePipeline.from_pretrained(goldens.CHECKPOINT, device="cpu:0", dtype=torch.float32, offload="model")
     parts = pipe.components
     names.update({parts.vision: "vision", parts.model: "model", parts.vae.module: "vae"})
-    inner = (parts.vision.blocks[0], parts.model.language_model.model.layers[0], parts.vae.module.encoder, parts.vae.module.decoder)
+    vae, layers = parts.vae.module, parts.model.language_model.model.layers
+    inner = (parts.vision.blocks[0], layers[0], vae.encoder, vae.decoder)
     for part, name in zip(inner, ("vision", "model", "vae", "vae"), strict=True):
         part.register_forward_pre_hook(lambda *_, name=name: ran.append((name, sorted(on))))
     return pipe, ran

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from lance_runtime import Guidance
+from lance_runtime.context import Segment
 from lance_runtime.prompts import TASKS
 from lance_runtime.tokenizer import SPECIAL_TOKENS
+from lance_runtime.types import LatentShape, Modality
 
 PICTURE = goldens.image("small.png")
 SMALL = {"height": 32, "width": 48, "steps": 1, "guidance": Guidance(scale=1.0)}
@@ -402,3 +404,33 @@ def test_an_answer_has_no_frames(image_pipe):
 def test_a_context_without_segments_is_refused(image_pipe):
     context = type(empty := image_pipe.context(image_pipe.request("t2i", "a")))((), empty.vision)
     names_both(refusal(image_pipe, "x2t_image", context=context)[0], 0)
+
+
+@pytest.mark.parametrize(
+    ("visual", "numbers"),
+    [
+        (Segment.latents(torch.zeros(16, 1, 2, 3), Modality.SUBJECT), ([16, 1, 2, 3], [48, 1, 2, 3])),
+        (Segment.vit(torch.zeros(4, 2048), LatentShape(1, 2, 2)), ([4, 2048], [4, 128])),
+    ],
+)
+def test_visuals_of_another_model_are_refused(image_pipe, visual, numbers):
+    context = image_pipe.context(image_pipe.request("t2i", "a")).with_visual(visual).with_text([1])
+    names_both(refusal(image_pipe, "t2i", **SMALL, context=context)[0], *numbers)
+
+
+def test_i2v_takes_one_first_frame(video_pipe):
+    picture = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(ValueError, match="2 first frames"):
+        video_pipe.request("i2v", images=[picture], given_frames={0: picture}, num_frames=5, resolution="video_192p")
+
+
+@pytest.mark.parametrize("size", ["height", "width", "num_frames"])
+def test_answers_have_no_size(size, image_pipe):
+    with pytest.raises(ValueError, match="draws nothing, and got 1 sizes"):
+        image_pipe.request("x2t_image", images=[np.zeros((64, 64, 3), np.uint8)], question="What?", **{size: 64})
+
+
+def test_a_task_of_the_other_checkpoint_is_noted(image_pipe, caplog):
+    with caplog.at_level(logging.WARNING, "lance"):
+        image_pipe.request("t2v", "a cat", height=64, width=64, num_frames=5)
+    assert "video checkpoint" in caplog.text
