@@ -281,8 +281,9 @@ class ComfyServer:
 
 
 def _environment() -> dict[str, str]:
-    # The test runner's Python settings are not ComfyUI's, and no test may reach a network.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    # The test runner's Python settings are not ComfyUI's, and no test may reach a network. One thread: the tiny model's
+    # tensors are too small to share.
+    kept = {"OMP_NUM_THREADS": "1"} | {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return kept | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
