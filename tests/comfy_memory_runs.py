@@ -1,0 +1,232 @@
+"""Runs the nodes inside one process of ComfyUI's Python and prints, as JSON, what stayed alive.
+
+Run in ComfyUI's folder: ``python comfy_memory_runs.py <what> <pack> <checkpoint tree>``; what is a function below.
+"""
+
+# ruff: noqa: E402  (ComfyUI must be told of the CPU before the rest of it is imported)
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path.cwd()))
+
+from comfy.cli_args import args
+
+args.cpu = True
+
+import comfy.model_management as management
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import folder_paths
+import psutil
+import torch
+
+PACK = "a_pack_of_any_name"
+FOLDERS = ("diffusion_models", "text_encoders", "vae")
+
+
+def load_pack(folder: str) -> Any:
+    place = Path(folder, "__init__.py")
+    spec = importlib.util.spec_from_file_location(PACK, place, submodule_search_locations=[folder])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACK] = module
+    spec.loader.exec_module(module)
+    return importlib.import_module(f"{PACK}.nodes")
+
+
+def alive(*names: str) -> int:
+    gc.collect()
+    return sum(type(thing).__name__ in names for thing in gc.get_objects())
+
+
+def kept() -> int:
+    """Caches, and branches made of them, that outlived their run."""
+    return alive("KVCache", "Branch")
+
+
+class Graph:
+    """The loader's three outputs, and short runs with them."""
+
+    def __init__(self, nodes: Any, checkpoint: str = "Lance_3B") -> None:
+        self.nodes = nodes
+        loaded = nodes.LanceNativeLoader.execute(f"{checkpoint}/model.safetensors", "auto", "Wan2.2_VAE.pth", "auto", "float32")
+        self.model, self.clip, self.vae = loaded.result
+        self.picture = torch.linspace(0, 1, 64 * 96 * 3).view(1, 64, 96, 3)
+
+    def edit(self) -> tuple[Any, dict]:
+        return self.nodes.LanceNativeEdit.execute(
+            self.clip, self.vae, "image_256res", 1, images={"image_0": self.picture}
+        ).result
+
+    def draw(self, context: Any = None, latent: dict | None = None, model: Any = None) -> torch.Tensor:
+        latent = latent or self.nodes.LanceNativeEmptyLatent.execute("custom", 96, 64, 1, 0.0, 1).result[0]
+        settings = {"prompt": "a red hat", "negative_prompt": "", "seed": 5, "steps": 4, "cfg": 4.0, "shift": 3.5}
+        guidance = {"interval_start": 0.0, "interval_end": 1.0, "renorm": "global", "renorm_min": 0.0}
+        return self.nodes.LanceNativeSampler.execute(
+            model or self.model,
+            self.clip,
+            latent,
+            denoise=1.0,
+            uncond_positions="cached",
+            context=context,
+            **settings,
+            **guidance,
+        ).result[0]["samples"]
+
+    def small_context(self) -> Any:
+        """Latents of 4 x 6, encoded anew."""
+        latent = self.nodes.LanceNativeVAEEncode.execute(self.vae, self.picture, "as is", 24.0).result[0]
+        made = self.nodes.LanceNativeContext.execute(
+            self.clip, "image_edit", "edit source", "", "", visuals={"visual_0": latent}
+        )
+        return made.result[0]
+
+    def ask(self, length: int = 12) -> str:
+        tokens = self.nodes.LanceNativeViTEncode.execute(self.clip, self.picture, "image_256res", 24.0).result[0]
+        made = self.nodes.LanceNativeContext.execute(self.clip, "x2t_image", "look", "", "", visuals={"visual_0": tokens})
+        return self.answer(made.result[0], length)
+
+    def answer(self, context: Any, length: int) -> str:
+        """As Lance Ask does, without a node to write into."""
+        understand = sys.modules[f"{PACK}.nodes.understand"]
+        asked = understand.asking(understand.lance_of(self.clip).tokenizer, context, "what")
+        return understand.speak(self.clip, asked, length, understand.Sampling(), None)
+
+
+def interrupted(run: Any, at: int, by_layer: Any = None) -> bool:
+    """Whether a run ended by ComfyUI's interruption, asked for at a step of progress or at a call of a layer."""
+    seen = []
+
+    def count(*anything: Any, **more: Any) -> None:
+        seen.append(None)
+        if len(seen) == at:
+            management.interrupt_current_processing(True)
+
+    hook = None if by_layer is None else by_layer.register_forward_pre_hook(count)
+    comfy.utils.set_progress_bar_global_hook(count if by_layer is None else None)
+    try:
+        run()
+    except management.InterruptProcessingException:
+        return True
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        management.interrupt_current_processing(False)
+        if hook is not None:
+            hook.remove()
+    return False
+
+
+def interrupts(nodes: Any) -> dict:
+    """Interrupts in prefill, while sampling (its guider kept, as a node's cache keeps it), and in an answer."""
+    graph = Graph(nodes)
+    context, latent = graph.edit()
+    drawn, answer = graph.draw(context, latent), graph.ask()
+    report = {"after runs": kept(), "prefixes": alive("Prefix")}
+    layer = graph.model.model.diffusion_model.language_model.model.layers[1].self_attn.q_proj
+    report["in prefill"] = [interrupted(lambda: graph.draw(context, latent), 1, layer), kept()]
+    report["while sampling"] = [interrupted(lambda: graph.draw(context, latent), 2), kept()]
+    report["in an answer"] = [interrupted(lambda: graph.ask(4000), 3), kept()]
+    positive, negative, _ = nodes.LanceNativeConditioning.execute(graph.clip, "a red hat", "", "cached", context).result
+    guider = comfy.samplers.CFGGuider(graph.model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(4.0)
+    euler, sigmas = comfy.samplers.sampler_object("euler"), torch.linspace(1, 0, 5)
+    noise = torch.ones_like(latent["samples"])
+
+    def callback(step: int, *anything: Any) -> None:
+        management.interrupt_current_processing(step == 1)
+
+    def run() -> None:
+        guider.sample(noise, latent["samples"], euler, sigmas, callback=callback, disable_pbar=True, seed=1)
+
+    report["kept guider"] = [interrupted(run, 0), kept()]
+    report["drawn again"] = float((graph.draw(context, latent) - drawn).abs().max())
+    report["answered again"] = graph.ask() == answer
+    return report
+
+
+def wan_model() -> Any:
+    """Wan 2.1, as ComfyUI loads it from a file's tensors."""
+    foreign = importlib.import_module("comfy_foreign_models")
+    return comfy.sd.load_diffusion_model_state_dict(foreign.initialised(foreign.wan_model()))
+
+
+def draw_with_wan(model: Any) -> None:
+    guider = comfy.samplers.CFGGuider(model)
+    cond = [[torch.ones(1, 4, 4096), {"pooled_output": None}]]
+    guider.set_conds(cond, cond)
+    guider.set_cfg(1.0)
+    start, euler = torch.zeros(1, 16, 1, 8, 8), comfy.samplers.sampler_object("euler")
+    guider.sample(torch.ones_like(start), start, euler, torch.linspace(1, 0, 3), disable_pbar=True, seed=1)
+
+
+def others(nodes: Any) -> dict:
+    """Two Lance graphs and another model in turn, then all of them dropped."""
+    first, second, wan = Graph(nodes), Graph(nodes, "Lance_3B_Video"), wan_model()
+    before = [first.draw(), second.draw()]
+    draw_with_wan(wan)
+    first.ask()
+    again = [first.draw(), second.draw()]
+    report = {
+        "change": max(float((a - b).abs().max()) for a, b in zip(before, again, strict=True)),
+        "differ": float((before[0] - before[1]).abs().max()),
+        "kept": kept(),
+        "prefixes": alive("Prefix"),
+    }
+    del first, second, wan
+    management.unload_all_models()
+    management.cleanup_models_gc()
+    return {**report, "models": alive("LanceModel", "LanceDiffusion", "VisionTower")}
+
+
+def low_memory(nodes: Any) -> dict:
+    """The same picture and answer with (almost) no memory for weights, with a LoRA and without."""
+    graph = Graph(nodes)
+    shape = graph.model.model.diffusion_model.language_model.model.layers[0].self_attn.q_proj.weight.shape
+    generator = torch.Generator().manual_seed(1)
+    stem = "diffusion_model.language_model.model.layers.0.self_attn.q_proj"
+    lora = {
+        f"{stem}.lora_down.weight": torch.randn(2, shape[1], generator=generator),
+        f"{stem}.lora_up.weight": torch.randn(shape[0], 2, generator=generator),
+    }
+    patched, _ = comfy.sd.load_lora_for_models(graph.model, None, lora, 1.0, 0.0)
+    drawn, changed, answer = graph.draw(), graph.draw(model=patched), graph.ask()
+    management.unload_all_models()
+    # ComfyUI gives the CPU all the memory it wants; told that this is no CPU, it obeys.
+    management.is_device_cpu = lambda device: False
+    management.vram_state = management.VRAMState.NO_VRAM
+    report = {"with a LoRA": float((graph.draw(model=patched) - changed).abs().max()), "low": graph.model.model.model_lowvram}
+    report["bytes loaded"] = graph.model.model.model_loaded_weight_memory
+    report["bytes"] = graph.model.model_size()
+    report["without"] = float((graph.draw() - drawn).abs().max())
+    report["the LoRA acts"] = float((changed - drawn).abs().max())
+    report["answer"] = graph.ask() == answer
+    report["kept"] = kept()
+    return report
+
+
+def growth(nodes: Any) -> dict:
+    """Megabytes that the process grew by a run, over runs 10 to 30: a picture with a context, and an answer."""
+    graph = Graph(nodes)
+    process, sizes = psutil.Process(), []
+    for _ in range(30):
+        context = graph.small_context()
+        graph.draw(context)
+        graph.answer(context, 4)
+        gc.collect()
+        sizes.append(process.memory_info().rss / 2**20)
+    return {"a run": (sizes[-1] - sizes[9]) / 20, "kept": kept()}
+
+
+if __name__ == "__main__":
+    what, pack, tree = sys.argv[1:]
+    for folder in FOLDERS:
+        folder_paths.add_model_folder_path(folder, tree)
+    sys.path.append(str(Path(__file__).parent))
+    sys.stdout.write("\n" + json.dumps(globals()[what](load_pack(pack))) + "\n")

@@ -1,0 +1,58 @@
+"""What a run leaves in memory: nothing, whether it ended, was interrupted, or had too little memory to begin with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import goldens
+import pytest
+from comfy_server import ROOT, comfyui_python, find_comfyui
+
+pytestmark = pytest.mark.comfy
+SCRIPT = Path(__file__).with_name("comfy_memory_runs.py")
+
+
+def report(what: str) -> dict:
+    """What a function of the script says, run by ComfyUI's Python in a process of its own."""
+    comfyui = find_comfyui()
+    command = [comfyui_python(comfyui), SCRIPT, what, ROOT, goldens.CHECKPOINT]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, cwd=comfyui, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_interrupts_leave_nothing_behind():
+    found = report("interrupts")
+    assert found["after runs"] == 0
+    assert found["prefixes"] == 0
+    for where in ("in prefill", "while sampling", "in an answer", "kept guider"):
+        assert found[where] == [True, 0], where
+    assert found["drawn again"] == 0
+    assert found["answered again"]
+
+
+def test_two_lance_graphs_and_another_model_in_turn():
+    found = report("others")
+    assert found["change"] == 0
+    assert found["differ"] > 1e-3
+    assert [found["kept"], found["prefixes"], found["models"]] == [0, 0, 0]
+
+
+def test_low_memory_draws_the_same():
+    found = report("low_memory")
+    assert found["low"]
+    assert found["bytes loaded"] < found["bytes"] / 2
+    assert max(found["without"], found["with a LoRA"]) < 1e-4
+    assert found["the LoRA acts"] > 1e-3
+    assert found["answer"]
+    assert found["kept"] == 0
+
+
+def test_a_run_does_not_grow_the_process():
+    found = report("growth")
+    assert found["a run"] < 1
+    assert found["kept"] == 0
