@@ -99,8 +99,8 @@ class Graph:
         return understand.speak(self.clip, asked, length, understand.Sampling(), None)
 
 
-def interrupted(run: Any, at: int, by_layer: Any = None) -> bool:
-    """Whether a run ended by ComfyUI's interruption, asked for at a step of progress or at a call of a layer."""
+def interrupted(run: Any, at: int, layer: Any) -> bool:
+    """Whether a run ended by ComfyUI's interruption, asked for at a call of a layer (progress may be throttled away)."""
     seen = []
 
     def count(*anything: Any, **more: Any) -> None:
@@ -108,17 +108,14 @@ def interrupted(run: Any, at: int, by_layer: Any = None) -> bool:
         if len(seen) == at:
             management.interrupt_current_processing(True)
 
-    hook = None if by_layer is None else by_layer.register_forward_pre_hook(count)
-    comfy.utils.set_progress_bar_global_hook(count if by_layer is None else None)
+    hook = layer.register_forward_pre_hook(count)
     try:
         run()
     except management.InterruptProcessingException:
         return True
     finally:
-        comfy.utils.set_progress_bar_global_hook(None)
         management.interrupt_current_processing(False)
-        if hook is not None:
-            hook.remove()
+        hook.remove()
     return False
 
 
@@ -128,10 +125,11 @@ def interrupts(nodes: Any) -> dict:
     context, latent = graph.edit()
     drawn, answer = graph.draw(context, latent), graph.ask()
     report = {"after runs": kept(), "prefixes": alive("Prefix")}
-    layer = graph.model.model.diffusion_model.language_model.model.layers[1].self_attn.q_proj
+    network = graph.model.model.diffusion_model
+    layer = network.language_model.model.layers[1].self_attn.q_proj
     report["in prefill"] = [interrupted(lambda: graph.draw(context, latent), 1, layer), kept()]
-    report["while sampling"] = [interrupted(lambda: graph.draw(context, latent), 2), kept()]
-    report["in an answer"] = [interrupted(lambda: graph.ask(4000), 3), kept()]
+    report["while sampling"] = [interrupted(lambda: graph.draw(context, latent), 2, network.llm2vae), kept()]
+    report["in an answer"] = [interrupted(lambda: graph.ask(4000), 3, network.language_model.lm_head), kept()]
     positive, negative, _ = nodes.LanceNativeConditioning.execute(graph.clip, "a red hat", "", "cached", context).result
     guider = comfy.samplers.CFGGuider(graph.model)
     guider.set_conds(positive, negative)
@@ -145,7 +143,7 @@ def interrupts(nodes: Any) -> dict:
     def run() -> None:
         guider.sample(noise, latent["samples"], euler, sigmas, callback=callback, disable_pbar=True, seed=1)
 
-    report["kept guider"] = [interrupted(run, 0), kept()]
+    report["kept guider"] = [interrupted(run, 0, network.llm2vae), kept()]  # its callback interrupts
     report["drawn again"] = float((graph.draw(context, latent) - drawn).abs().max())
     report["answered again"] = graph.ask() == answer
     return report
