@@ -41,17 +41,26 @@ def prefill(engine: Engine, layout: Layout, cache: KVCache | None = None, done: 
     The states are the understanding expert's, None where nothing was left to run. cache, done: go on with a cache that
     already holds the first ``done`` splits (it is extended in place).
     """
-    splits = layout.prefix[done:]
-    tokens = sum(len(split) for split in splits)
+    tokens = sum(len(split) for split in layout.prefix[done:])
     if cache is None:
         cache = KVCache(engine.model.config, tokens, engine.dtype, engine.device)
     cache.reserve(tokens)
     hidden = None
-    for causal, run in groupby(splits, key=lambda split: split.segment.mode == Mode.CAUSAL):
-        # Neighbouring texts are one causal run: the same numbers in fewer passes over the weights.
-        for block in [list(run)] if causal else [[split] for split in run]:
-            hidden = _run_block(engine, block, layout.vision, cache).und
+    for block in blocks(layout, done):
+        hidden = _run_block(engine, block, layout.vision, cache).und
     return cache, hidden
+
+
+def blocks(layout: Layout, done: int = 0) -> list[list[Split]]:
+    """The runs of splits that prefill takes through the layers at once, behind the first ``done`` splits.
+
+    Neighbouring texts are one causal run: the same numbers in fewer passes over the weights.
+    """
+    found: list[list[Split]] = []
+    for causal, run in groupby(layout.prefix[done:], key=lambda split: split.segment.mode == Mode.CAUSAL):
+        splits = list(run)
+        found += [splits] if causal else [[split] for split in splits]
+    return found
 
 
 def branch(engine: Engine, layout: Layout, places: Tensor | None = None) -> Branch:

@@ -17,6 +17,7 @@ from ..lance_runtime.prompts import system_sentence
 from ..lance_runtime.tokenizer import IM_END, LanceTokenizer
 from .attention import comfy_attention
 from .pictures import AUTO, frames_of, preset_of
+from .progress import with_prefill_progress
 from .recipe import CONDITIONING_KEY, Recipe
 from .vit import VisionTower
 
@@ -116,9 +117,8 @@ class LanceTextModel(torch.nn.Module):
         """Ids of an answer, with ComfyUI's progress and interruption; the weights must be loaded (``CLIP.load_model``)."""
         device = comfy.model_management.get_torch_device()
         engine = Engine(self.owner.diffusion_model, self.owner.get_dtype_inference(), device, comfy_attention({}))
-        bar = comfy.utils.ProgressBar(max_length)
         sequence = layout(context)
-        cache, states = prefill(engine, sequence)
+        cache, states = prefill(with_prefill_progress(engine, sequence), sequence)
         ids = decode(
             engine,
             cache,
@@ -129,6 +129,7 @@ class LanceTextModel(torch.nn.Module):
             max_new_tokens=max_length,
             sampling=sampling,
         )
+        bar = comfy.utils.ProgressBar(max_length)
         for token in ids:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update(1)

@@ -28,6 +28,7 @@ from ..lance_runtime.tokenizer import LanceTokenizer
 from ..lance_runtime.types import LatentShape
 from .attention import comfy_attention
 from .pictures import check_channels
+from .progress import with_prefill_progress
 from .recipe import CONDITIONING_KEY, Recipe
 
 LOGGER = logging.getLogger("lance")
@@ -135,7 +136,8 @@ class Prefix:
         if key not in self._branches:
             if any(known != hooks for known, *_ in self._branches):
                 self._branches.clear()  # other weights are in place
-            self._branches[key] = branch(engine, self.recipe.layout(self.tokenizer, grid))
+            sequence = self.recipe.layout(self.tokenizer, grid)
+            self._branches[key] = branch(with_prefill_progress(engine, sequence), sequence)
         return self._branches[key]
 
     def clear(self) -> None:

@@ -91,8 +91,11 @@ def test_previews_and_progress_while_sampling(ours, server):
     result = server.run(graph)
     assert result.previews
     counted = [(event["value"], event["max"]) for event in result.of_type("progress") if event["node"] == "sample"]
-    assert (4, 4) in counted
-    assert counted == sorted(counted)
+    assert (3, 3) in counted  # prefill: one block of text through three layers
+    steps = [(value, most) for value, most in counted if most == 4]
+    assert steps[-1] == (4, 4)
+    assert steps == sorted(steps)
+    assert counted.index((3, 3)) < counted.index(steps[0])
     kinds = [event["type"] for event in result.events]
     assert kinds.index("preview") < max(i for i, event in enumerate(result.events) if event["type"] == "progress")
 
@@ -140,8 +143,8 @@ def test_generate_text_repeats_with_a_seed(server):
 def test_tokens_are_counted(server):
     result = server.run({**question(seed=5), "show": node("PreviewAny", source=["ask", 0])})
     counted = [(event["value"], event["max"]) for event in result.of_type("progress") if event["node"] == "ask"]
-    assert counted
-    assert all(most == 8 for _, most in counted)
+    assert (9, 9) in counted  # prefill: text, picture and question through three layers
+    assert {most for _, most in counted} == {8, 9}
 
 
 def test_an_interrupted_answer_stops_at_once_and_the_next_is_right(server):
