@@ -18,6 +18,13 @@ NAMES = [workflow.name for workflow in WORKFLOWS]
 NO_WIDGET_TYPES = {"MarkdownNote"}
 
 
+def kept(name):
+    """Where a screenshot stays to be looked at: build/screenshots, an artifact of CI."""
+    folder = ROOT / "build" / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
 def template(name):
     return json.loads((ROOT / "workflows" / f"{name}.json").read_text("utf-8"))
 
@@ -122,7 +129,7 @@ def test_comfyui_offers_the_templates_and_boxes(server):
 
 
 @pytest.mark.comfy
-def test_boxes_in_the_web_page(server, tmp_path):
+def test_boxes_in_the_web_page(server):
     """Every blueprint opens as one node that shows its prompt or question, and nothing is missing inside."""
     with open_ui(server) as page:
         for path in blueprints():
@@ -132,7 +139,7 @@ def test_boxes_in_the_web_page(server, tmp_path):
             names = page.evaluate("() => app.graph._nodes[0].widgets.map((widget) => widget.name)")
             assert {"prompt", "question"} & set(names), path.stem
             assert "model_name" in names
-        screenshot(page, tmp_path / "box.png")
+        screenshot(page, kept("box.png"))
 
 
 def widgets(graph):
@@ -148,18 +155,38 @@ def fitted(page, graph):
     return saved
 
 
+def open_template(page, name):
+    """Through the page's browser of templates, as a person would."""
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text("lance-native", exact=True).first.click()
+    page.get_by_placeholder("Search").first.fill(name)
+    page.get_by_text(name, exact=True).first.click()
+    expected = sorted(node["type"] for node in template(name)["nodes"])
+    page.wait_for_function(
+        "(types) => JSON.stringify(app.graph._nodes.map((node) => node.type).sort()) === JSON.stringify(types)",
+        arg=expected,
+    )
+    page.wait_for_timeout(400)
+
+
 @pytest.mark.comfy
-def test_templates_in_the_web_page(server, tmp_path):
-    """Every template opens without a missing node or a red outline; one draws and one answers from the page."""
+def test_templates_in_the_web_page(server):
+    """Every template opens from the browser of templates, without a missing node or a red outline."""
     with open_ui(server) as page:
         for name in NAMES:
-            load_workflow(page, template(name))
-            page.wait_for_timeout(300)
+            open_template(page, name)
             assert graph_errors(page) == [], name
+            screenshot(page, kept(f"{name}.png"))
+
+
+@pytest.mark.comfy
+def test_drawing_and_asking_from_the_web_page(server):
+    """The classic graph draws, its widgets survive being saved and loaded, and a question is answered in its node."""
+    with open_ui(server) as page:
         classic = next(workflow for workflow in WORKFLOWS if workflow.name == "Classic KSampler")
         load_workflow(page, fitted(page, small(twin(classic))))
         queue_and_wait(page)
-        screenshot(page, tmp_path / "drawn.png")
+        screenshot(page, kept("drawn.png"))
         saved = page.evaluate("() => app.graph.serialize()")
         load_workflow(page, saved)
         again = page.evaluate("() => app.graph.serialize()")
@@ -169,5 +196,5 @@ def test_templates_in_the_web_page(server, tmp_path):
         asking = next(workflow for workflow in WORKFLOWS if workflow.name == "Ask about an Image")
         load_workflow(page, fitted(page, small(twin(asking))))
         queue_and_wait(page)
-        screenshot(page, tmp_path / "answered.png")
+        screenshot(page, kept("answered.png"))
         assert graph_errors(page) == []
