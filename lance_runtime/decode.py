@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .context import Layout
 from .engine import Engine
 from .kv_cache import KVCache
 from .model.transformer import Streams
+from .prefill import prefill
+from .tokenizer import IM_END, LanceTokenizer
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,28 @@ class Sampling:
         known = logits[ids]
         logits[ids] = torch.where(known > 0, known / self.repetition, known * self.repetition) - self.presence
         return logits
+
+
+def answer(
+    engine: Engine,
+    sequence: Layout,
+    tokenizer: LanceTokenizer,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    reader: Engine | None = None,
+) -> Iterator[int]:
+    """Read a laid-out question and yield the ids of its answer. reader: the engine of the prefill, where it is another."""
+    cache, states = prefill(reader or engine, sequence)
+    yield from decode(
+        engine,
+        cache,
+        states[:, -1:],
+        int(sequence.positions.max()) + 1,
+        vocabulary=len(tokenizer),
+        stop=tokenizer.special(IM_END),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+    )
 
 
 def decode(

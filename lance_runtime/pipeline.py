@@ -24,14 +24,13 @@ from .context import (
     open_context,
     unconditional_layout,
 )
-from .decode import Sampling, decode
+from .decode import Sampling, answer
 from .denoise import Branches, Given, Step, check_noise, check_sigmas, denoise, draw_noise, flow_sigmas
 from .files import find_sources
 from .memory import add_offloading, bring, check_offload, checked_device, default_dtype
-from .prefill import Branch, branch, prefill
+from .prefill import Branch, branch
 from .prompts import system_sentence
 from .request import LOGGER, Request
-from .tokenizer import IM_END
 from .types import VISUAL_CONDITIONS, LatentShape, Modality
 from .visuals import encode_given, source_segments
 
@@ -165,18 +164,8 @@ class LancePipeline:
         sampling = Sampling(request.temperature, request.top_p, request.seed)
         sequence = layout(context)
         bring(parts.model)
-        cache, states = prefill(parts.engine, sequence)
         ids: list[int] = []
-        tokens = decode(
-            parts.engine,
-            cache,
-            states[:, -1:],
-            int(sequence.positions.max()) + 1,
-            vocabulary=len(parts.tokenizer),
-            stop=parts.tokenizer.special(IM_END),
-            max_new_tokens=request.max_new_tokens,
-            sampling=sampling,
-        )
+        tokens = answer(parts.engine, sequence, parts.tokenizer, request.max_new_tokens, sampling)
         for token in tokens:
             ids.append(token)
             yield Token(token, parts.tokenizer.decode(ids))

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ..lance_runtime.context import Context, Segment, asking, layout, open_context
-from ..lance_runtime.decode import Sampling, decode
+from ..lance_runtime.decode import Sampling, answer
 from ..lance_runtime.engine import Engine
-from ..lance_runtime.prefill import prefill
 from ..lance_runtime.prompts import system_sentence
-from ..lance_runtime.tokenizer import IM_END, LanceTokenizer
+from ..lance_runtime.tokenizer import LanceTokenizer
 from .attention import comfy_attention
 from .pictures import AUTO, frames_of, preset_of
 from .progress import with_prefill_progress
@@ -118,17 +117,8 @@ class LanceTextModel(torch.nn.Module):
         device = comfy.model_management.get_torch_device()
         engine = Engine(self.owner.diffusion_model, self.owner.get_dtype_inference(), device, comfy_attention({}))
         sequence = layout(context)
-        cache, states = prefill(with_prefill_progress(engine, sequence), sequence)
-        ids = decode(
-            engine,
-            cache,
-            states[:, -1:],
-            int(sequence.positions.max()) + 1,
-            vocabulary=len(self.tokenizer),
-            stop=self.tokenizer.special(IM_END),
-            max_new_tokens=max_length,
-            sampling=sampling,
-        )
+        reader = with_prefill_progress(engine, sequence)
+        ids = answer(engine, sequence, self.tokenizer, max_length, sampling, reader)
         bar = comfy.utils.ProgressBar(max_length)
         for token in ids:
             comfy.model_management.throw_exception_if_processing_interrupted()
