@@ -85,10 +85,6 @@ class LanceTokenizer:
         """Text of ids, special tokens spelled out; bytes that are no UTF-8 become the replacement character."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def to_json(self) -> str:
-        """The whole tokenizer as the text of a ``tokenizer.json``."""
-        return self._tokenizer.to_str()
-
     def _encode(self, text: str, plain: bool) -> list[int]:
         self._tokenizer.encode_special_tokens = plain
         return self._tokenizer.encode(text, add_special_tokens=False).ids

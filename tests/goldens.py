@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lance_runtime import Guidance
+from lance_runtime.preprocess import sample_frames, to_frames
 from lance_runtime.prompts import UNDERSTANDING_TASKS
 
 PARITY = Path(__file__).parent / "data" / "parity"
@@ -61,3 +62,13 @@ def arguments(name: str) -> dict[str, Any]:
 
 def tensors_of(case: dict) -> dict[str, Tensor]:
     return tensors(next(name for name, known in CASES.items() if known is case))
+
+
+def sources(case: dict) -> list[np.ndarray]:
+    """The inputs of a case as frames, in order."""
+    visuals = [to_frames(image(name)) for name in case.get("images", [])]
+    if "video" in case:
+        frames, fps = clip(case["video"])
+        frames = to_frames(frames)
+        visuals.append(frames[sample_frames(len(frames), fps)])
+    return visuals

@@ -12,24 +12,14 @@ from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from goldens import CASES, PARITY, sources
+
 from lance_runtime.config import VisionConfig
 from lance_runtime.preprocess import presets, sample_frames, to_frames, vae_pixels, vae_size, vit_patches, vit_size
 
-PARITY = Path(__file__).parent / "data" / "parity"
-CASES = json.loads((PARITY / "cases.json").read_text("utf-8"))
 TABLES = json.loads((PARITY / "preprocess.json").read_text("utf-8"))
 VISUAL_CASES = [name for name, case in CASES.items() if case["task"] not in ("t2i", "t2v", "i2v")]
 VIT = VisionConfig()
-
-
-def sources(case):
-    """The inputs of a case as frames, in order."""
-    visuals = [to_frames(Image.open(PARITY / "media" / name)) for name in case.get("images", [])]
-    if "video" in case:
-        clip = np.load(PARITY / "media" / case["video"])
-        frames = to_frames(clip["frames"])
-        visuals.append(frames[sample_frames(len(frames), float(clip["fps"]))])
-    return visuals
 
 
 def picture(*shape):

@@ -1,37 +1,24 @@
 """The VAE against the reference's latents and pixels, and the files that must not pass for it."""
 
 import ast
-import json
 import sys
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from goldens import CASES, PARITY, sources
+
 from lance_runtime import vae as vae_room
-from lance_runtime.preprocess import sample_frames, to_frames, vae_pixels
+from lance_runtime.preprocess import vae_pixels
 from lance_runtime.vae import WanVAE, original_name
 
-PARITY = Path(__file__).parent / "data" / "parity"
-CASES = json.loads((PARITY / "cases.json").read_text("utf-8"))
 CONDITION_CASES = [name for name, case in CASES.items() if not case["task"].startswith(("t2", "x2t"))]
 GENERATION_CASES = [name for name, case in CASES.items() if not case["task"].startswith("x2t")]
-
-
-def sources(case):
-    """The inputs of a case as frames, in order."""
-    visuals = [to_frames(Image.open(PARITY / "media" / name)) for name in case.get("images", [])]
-    if "video" in case:
-        clip = np.load(PARITY / "media" / case["video"])
-        frames = to_frames(clip["frames"])
-        visuals.append(frames[sample_frames(len(frames), float(clip["fps"]))])
-    return visuals
 
 
 @cache

@@ -5,10 +5,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,24 +14,14 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from goldens import CASES, PARITY, sources
+
 from lance_runtime.config import VisionConfig
 from lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
-from lance_runtime.preprocess import sample_frames, to_frames, vit_patches
+from lance_runtime.preprocess import vit_patches
 
-PARITY = Path(__file__).parent / "data" / "parity"
-CASES = json.loads((PARITY / "cases.json").read_text("utf-8"))
 VISUAL_CASES = [name for name, case in CASES.items() if case["task"] not in ("t2i", "t2v", "i2v")]
 CONFIG = VisionConfig.from_json(json.loads((PARITY / "checkpoint/Qwen2.5-VL-ViT/config.json").read_text("utf-8")))
-
-
-def sources(case):
-    """The inputs of a case as frames, in order."""
-    visuals = [to_frames(Image.open(PARITY / "media" / name)) for name in case.get("images", [])]
-    if "video" in case:
-        clip = np.load(PARITY / "media" / case["video"])
-        frames = to_frames(clip["frames"])
-        visuals.append(frames[sample_frames(len(frames), float(clip["fps"]))])
-    return visuals
 
 
 @cache
