@@ -20,6 +20,7 @@ POSITION_TABLE = "latent_pos_embed.pos_embed"
 VIT_PREFIX = "vit_model."
 # Rows of the position table that Lance_3B carries (one latent frame of 64 x 64); the video checkpoint's has more frames.
 IMAGE_TABLE_ROWS = 64 * 64
+ANY_VARIANT = "any"
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -146,7 +147,12 @@ def has_own_vit(file: TensorFile) -> bool:
 
 
 def guess_variant(file: TensorFile) -> str | None:
-    """ "image" or "video" from the position table, the ViT inside, or the file's name; None where nothing tells."""
+    """ "image" or "video" from the position table, the ViT inside, or the file's name; None where nothing tells.
+
+    ``ANY_VARIANT`` for a checkpoint whose header says that it was trained for both.
+    """
+    if file.metadata.get("lance_variant") == ANY_VARIANT:
+        return ANY_VARIANT
     table = file.shapes.get(POSITION_TABLE)
     if has_own_vit(file) or "video" in f"{file.path.parent.name}/{file.path.name}".lower():
         return "video"

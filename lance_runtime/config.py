@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .types import LANCE_3B, TrainedSizes
+
 EMBED_KEY = "language_model.model.embed_tokens.weight"
 LAYER_KEY = "language_model.model.layers.{}.self_attn.{}.weight"
 
@@ -25,6 +27,7 @@ class LanceConfig:
     rope_theta: float = 1e6
     mrope_section: tuple[int, int, int] = (16, 24, 24)
     latent_channels: int = 48
+    sizes: TrainedSizes = LANCE_3B
 
     def __post_init__(self) -> None:
         if 2 * sum(self.mrope_section) != self.head_dim:
@@ -50,6 +53,7 @@ class LanceConfig:
             rms_norm_eps=values.get("rms_norm_eps", 1e-6),
             rope_theta=values.get("rope_theta") or rope.get("rope_theta", 1e6),
             mrope_section=tuple(rope.get("mrope_section") or _default_sections(head_dim)),
+            sizes=_trained_sizes(values.get("lance_trained_sizes") or {}),
         )
 
     @classmethod
@@ -69,6 +73,12 @@ class LanceConfig:
             mrope_section=_default_sections(head_dim),
             latent_channels=shapes["llm2vae.weight"][0],
         )
+
+
+def _trained_sizes(values: Mapping[str, Any]) -> TrainedSizes:
+    """Our own entry of ``llm_config.json``, for a model that was trained on other sizes than Lance 3B (Nano)."""
+    known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return TrainedSizes(**known)
 
 
 def _default_sections(head_dim: int) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from .checkpoint import HUB, TensorFile, check_is_lance, guess_variant, has_own_vit, identify
+from .checkpoint import ANY_VARIANT, HUB, TensorFile, check_is_lance, guess_variant, has_own_vit, identify
 from .config import LanceConfig, VisionConfig
 from .tokenizer import LanceTokenizer
 
@@ -106,8 +106,10 @@ def _find_model(path: Path, variant: str) -> Path:
     if path.is_file():
         return path
     fixed = [path / VARIANT_FOLDERS[variant] / name for name in MODEL_NAMES]
-    single = (p for p in _single_files(path, "a Lance checkpoint") if guess_variant(TensorFile(p)) == variant)
-    return _first(fixed, single) or _missing(f"The {variant} checkpoint", fixed, path)
+    others = [path / folder / name for folder in VARIANT_FOLDERS.values() for name in MODEL_NAMES]
+    shared = [p for p in others if p.is_file() and guess_variant(TensorFile(p)) == ANY_VARIANT]
+    single = (p for p in _single_files(path, "a Lance checkpoint") if guess_variant(TensorFile(p)) in (variant, ANY_VARIANT))
+    return _first([*fixed, *shared], single) or _missing(f"The {variant} checkpoint", fixed, path)
 
 
 def _find_vit(home: Path) -> Path:

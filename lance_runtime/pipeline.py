@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoint import ANY_VARIANT, guess_variant
 from .components import Components, load_components
 from .context import (
     Context,
@@ -95,13 +96,14 @@ class LancePipeline:
         sources = find_sources(Path(folder), variant, vit)
         components = load_components(sources, dtype or default_dtype(target), target, weights_on)
         add_offloading(components, offload)
-        return cls(components, variant)
+        return cls(components, None if guess_variant(sources.model) == ANY_VARIANT else variant)
 
     def __call__(self, task: str, prompt: str = "", *, progress: Progress | None = None, **arguments: Any) -> Output:
         """Run a task to its end.
 
         images: PIL images or uint8 HWC. video: uint8 (T, H, W, 3) at ``fps``. instruction: own system sentence.
-        height, width, num_frames: size of the target where no source decides it. resolution: preset of the sources.
+        height, width, num_frames: size of the target where no source decides it (default: what the model was trained on).
+        resolution: preset of the sources.
         steps, shift, or sigmas: the schedule. guidance: see ``Guidance``. negative_prompt: in place of no prompt.
         given_frames: {latent frame: image or 4 frames}, counted from the end where negative. context: a ready-made one.
         batch: samples at once, with the seeds ``seed``, ``seed + 1``, ... noise: (48, t, h, w) instead of the seed.
@@ -126,7 +128,7 @@ class LancePipeline:
 
     def request(self, task: str, prompt: str = "", **arguments: Any) -> Request:
         """The arguments of a call, checked and completed; what the methods below take."""
-        request = Request(task, prompt, **arguments).checked()
+        request = Request(task, prompt, sizes=self.components.model.config.sizes, **arguments).checked()
         fitting = "video" if request.makes_video else "image"
         if self.variant not in (None, fitting):
             LOGGER.warning("[Lance] %s is what the %s checkpoint was trained for, not the %s one.", task, fitting, self.variant)

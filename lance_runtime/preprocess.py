@@ -49,7 +49,7 @@ def to_frames(value: Any) -> np.ndarray:
     return _array_frames(value)
 
 
-def sample_frames(count: int, fps: float) -> list[int]:
+def sample_frames(count: int, fps: float, most_seconds: float = MAX_SECONDS) -> list[int]:
     """Indices of the frames that the model sees of a clip of ``count`` frames at ``fps``: 12 fps, 6 s at most, 4k + 1.
 
     Indices repeat where the clip is slower than 12 fps. Where the reference fails (a clip shorter than 1/24 s) the first
@@ -60,7 +60,7 @@ def sample_frames(count: int, fps: float) -> list[int]:
         raise ValueError(f"the clip has {count} frames; the least is 1.\nCheck that the video was read.")
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"the frame rate is {fps}; it must be a positive number.\nGive the clip's own fps, such as 24.0.")
-    seconds = min(count / max(1, round(fps)), MAX_SECONDS)
+    seconds = min(count / max(1, round(fps)), most_seconds)
     wanted = round(seconds * TARGET_FPS)
     # A multiple of 4 loses 3 frames and not, as one would think, gains 1: the reference's rule.
     kept = wanted - 3 if wanted % TEMPORAL_STRIDE == 0 else wanted // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1

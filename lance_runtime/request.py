@@ -15,13 +15,10 @@ from .context import Context
 from .guidance import Guidance
 from .preprocess import presets, sample_frames, to_frames, vae_size
 from .prompts import UNDERSTANDING_TASKS, VIDEO_TASKS, check_task
-from .types import LatentShape, PixelShape
+from .types import LANCE_3B, LatentShape, PixelShape, TrainedSizes
 
 LOGGER = logging.getLogger("lance")
 
-# Trained sizes (spec of the published model): what a task draws when no size is asked for.
-IMAGE_SIZE, VIDEO_SIZE, VIDEO_FRAMES = (768, 768), (480, 848), 49
-TRAINED_FRAMES = 121
 # Least and largest number of pictures of each task, and whether it takes a clip.
 PICTURES = {
     "t2i": (0, 0),
@@ -68,6 +65,7 @@ class Request:
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    sizes: TrainedSizes = LANCE_3B
 
     @property
     def understands(self) -> bool:
@@ -79,7 +77,7 @@ class Request:
 
     @property
     def preset(self) -> str:
-        return self.resolution or ("video_480p" if self.makes_video else "image_768res")
+        return self.resolution or self.sizes.preset(self.makes_video)
 
     def checked(self) -> Request:
         """The same call with pictures as arrays; ``ValueError`` where task and arguments do not fit."""
@@ -98,7 +96,7 @@ class Request:
             for name in ("height", "width"):
                 self._check_same(name, getattr(shape, name))
         else:
-            height, width = VIDEO_SIZE if self.makes_video else IMAGE_SIZE
+            height, width = self.sizes.video if self.makes_video else self.sizes.image
             height = height if self.height is None else self.height
             shape = PixelShape(self._frames(), height, width if self.width is None else self.width)
         return shape.latent()
@@ -107,7 +105,7 @@ class Request:
         if self.video is None:
             return None
         frames = to_frames(self.video)
-        return frames[sample_frames(len(frames), self.fps)]
+        return frames[sample_frames(len(frames), self.fps, self.sizes.seconds)]
 
     def _source_shape(self) -> PixelShape:
         source = self.video if self.task == "video_edit" else self.images[-1]
@@ -127,7 +125,7 @@ class Request:
 
     def _frames(self) -> int:
         """Frames to generate: 4k + 1, other counts rounded down."""
-        asked = self.num_frames if self.num_frames is not None else (VIDEO_FRAMES if self.makes_video else 1)
+        asked = self.num_frames if self.num_frames is not None else (self.sizes.frames if self.makes_video else 1)
         if not self.makes_video and asked != 1:
             raise ValueError(f"{self.task} makes 1 frame, not {asked}.\nUse a video task, or leave num_frames out.")
         if asked < 1:
@@ -135,8 +133,8 @@ class Request:
         frames = (asked - 1) // 4 * 4 + 1
         if frames != asked:
             LOGGER.warning("[Lance] %d frames do not fit the 4k+1 grid of the video VAE: %d are made.", asked, frames)
-        if frames > TRAINED_FRAMES:
-            LOGGER.warning("[Lance] %d frames asked for; nothing longer than %d was trained.", frames, TRAINED_FRAMES)
+        if frames > (most := self.sizes.most_frames):
+            LOGGER.warning("[Lance] %d frames asked for; nothing longer than %d was trained.", frames, most)
         return frames
 
     def _check_types(self) -> None:

@@ -70,3 +70,25 @@ class PixelShape(NamedTuple):
             raise ValueError(f"{self.frames} frames cannot be generated; the least is 1.\nUse 1, 5, 9, ... frames (4k+1).")
         frames = (self.frames - 1) // TEMPORAL_STRIDE + 1
         return LatentShape(frames, self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE)
+
+
+class TrainedSizes(NamedTuple):
+    """What a model was trained on, and so what is drawn when nobody asks for a size. The defaults are Lance 3B's.
+
+    image_preset, video_preset: the largest resolutions of ``preprocess.presets`` for sources. image, video: height and
+    width in pixels. frames: of a clip by default; most_frames: the longest trained. seconds: how much of a clip is seen.
+    """
+
+    image_preset: str = "image_768res"
+    video_preset: str = "video_480p"
+    image: tuple[int, int] = (768, 768)
+    video: tuple[int, int] = (480, 848)
+    frames: int = 49
+    most_frames: int = 121
+    seconds: float = 6.0
+
+    def preset(self, video: bool) -> str:
+        return self.video_preset if video else self.image_preset
+
+
+LANCE_3B = TrainedSizes()

@@ -1,0 +1,243 @@
+"""Nano's training on the runtime's own modules: flow matching on what it draws, next tokens of what it answers.
+
+    python tests/nano/train.py --work DIR --steps 3000 --answers       # questions alone, while the VAE is trained
+    python tests/nano/train.py --work DIR --steps 6000 --minutes 85    # everything; again to go on
+
+DIR holds the VAE's training (``vae.py``); everything is seeded and can be resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from full_pass import visible  # noqa: E402
+
+from lance_runtime.model.embeddings import latent_position_embedding  # noqa: E402
+from lance_runtime.model.rope import Rope, rope_table  # noqa: E402
+from lance_runtime.model.transformer import Lance, Streams  # noqa: E402
+from lance_runtime.prompts import UNDERSTANDING_TASKS, VIDEO_TASKS  # noqa: E402
+from lance_runtime.tokenizer import LanceTokenizer  # noqa: E402
+from lance_runtime.types import LatentShape, Modality  # noqa: E402
+from nano import vae as vae_training  # noqa: E402
+from nano.batches import Batch, Pool, Sequencer  # noqa: E402
+from nano.parts import CONFIG, make_lance, make_tokenizer, make_vision  # noqa: E402
+from nano.world import draw_clip, draw_scene, render, render_clip  # noqa: E402
+
+SHARES = {
+    "t2i": 0.30, "image_edit": 0.22, "x2t_image": 0.14, "t2v": 0.08, "i2v": 0.06, "subject_image": 0.09,
+    "video_edit": 0.04, "subject_video": 0.03, "x2t_video": 0.04,
+}  # fmt: skip
+BATCH, CLIP_BATCH = 16, 6
+SHIFT = 3.5  # of the noise levels, as in the schedule that draws
+ANSWER_WEIGHT = 0.5
+AVERAGED = 0.998
+SAVE_EVERY = 200
+
+
+class FrozenVAE:
+    """The trained encoder, and the latents' means and deviations (measured once, kept beside it)."""
+
+    def __init__(self, work: Path) -> None:
+        vae_training.quicken()
+        self.vae = vae_training.build().train(False).requires_grad_(False)
+        self.vae.load_state_dict(torch.load(work / "vae_both.pt", weights_only=True)["vae"])
+        path = work / "vae_statistics.pt"
+        if not path.is_file():
+            torch.save(self._measured(), path)
+        self.mean, self.std = torch.load(path, weights_only=True)
+
+    def _measured(self, pictures: int = 600, clips: int = 100) -> tuple[Tensor, Tensor]:
+        rng = random.Random(1)
+        drawn = [render(draw_scene(rng))[None] for _ in range(pictures)] + [render_clip(draw_clip(rng)) for _ in range(clips)]
+        values = torch.cat([self._raw(frames).flatten(1) for frames in drawn], dim=1)
+        return values.mean(1).view(-1, 1, 1, 1), values.std(1).view(-1, 1, 1, 1)
+
+    @torch.no_grad()
+    def _raw(self, frames: np.ndarray) -> Tensor:
+        return vae_training.encode(self.vae, vae_training.to_pixels(frames)[None])[0]
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """uint8 (T, H, W, 3) -> normalised latents (48, t, h, w)."""
+        return (self._raw(frames) - self.mean) / self.std
+
+
+def noise_levels(batch: int, generator: torch.Generator) -> Tensor:
+    u = torch.rand(batch, generator=generator)
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+def sequence_states(model: Lance, vision: Any, batch: Batch, latents: Tensor | None, times: Tensor | None) -> Streams:
+    """The whole sequence in one pass with an explicit mask; latents (B, C, T, H, W) at flow times (B, T)."""
+    embed, size, splits = model.language_model.model.embed_tokens, batch.size, batch.layout.splits
+    seen = None if batch.patches is None else _vit(vision, batch.patches, batch.grids).unflatten(0, (size, -1))
+    und, gen, und_rows, gen_rows, start, read = [], [], [], [], 0, 0
+    boundary = embed(torch.tensor([[batch.layout.vision.start, batch.layout.vision.end]])).expand(size, -1, -1)
+    for index, split in enumerate(splits):
+        segment, end = split.segment, start + len(split)
+        if index in batch.ids:
+            und.append(embed(batch.ids[index]))
+            und_rows += range(start, end)
+        elif segment.modality == Modality.VIT:
+            assert seen is not None
+            und += [boundary[:, :1], seen[:, read : read + segment.grid.tokens], boundary[:, 1:]]
+            und_rows += range(start, end)
+            read += segment.grid.tokens
+        else:
+            values = latents if segment.modality == Modality.TARGET else batch.clean[index]
+            clean = torch.zeros(size, segment.grid.frames)
+            places = latent_position_embedding(segment.grid, CONFIG.hidden_size, torch.device("cpu"))
+            und.append(boundary)
+            und_rows += [start, end - 1]
+            gen.append(model.embed_latents(values, times if segment.modality == Modality.TARGET else clean, places))
+            gen_rows += range(start + 1, end - 1)
+        start = end
+    return _through(model, batch, Streams(torch.cat(und, 1), torch.cat(gen, 1) if gen else None), und_rows, gen_rows)
+
+
+def _through(model: Lance, batch: Batch, hidden: Streams, und_rows: list[int], gen_rows: list[int]) -> Streams:
+    order = torch.tensor(und_rows + gen_rows)
+    mask = visible(batch.layout.split_lens, batch.layout.attn_modes)[order][:, order]
+    rope = rope_table(CONFIG, batch.layout.positions[:, order], torch.float32)
+    count, heads = len(und_rows), CONFIG.num_attention_heads
+    parts = [Rope(*(part[:, :, rows] for part in rope)) for rows in (slice(0, count), slice(count, None))]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    return model.run_layers(hidden, Streams(parts[0], parts[1] if gen_rows else None), attend)
+
+
+def _vit(vision: Any, patches: Tensor, grids: Tensor | None) -> Tensor:
+    result = vision(patches, grid_thw=grids)
+    return result if isinstance(result, Tensor) else result.pooler_output
+
+
+def loss_of(model: Lance, vision: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Velocity's mean squared error on the frames that are drawn, or the cross entropy of the answer."""
+    if batch.target is None:
+        states = sequence_states(model, vision, batch, None, None).und
+        logits = model.logits(states[:, -batch.answer - 1 : -1])
+        last = max(batch.ids)
+        return F.cross_entropy(logits.flatten(0, 1), batch.ids[last][:, -batch.answer :].flatten())
+    noise = torch.randn(batch.target.shape, generator=generator)
+    times = noise_levels(batch.size, generator)[:, None].repeat(1, batch.target.shape[2])
+    if batch.first_given:
+        times[:, 0] = 0
+    at = times[:, None, :, None, None]
+    latents = (1 - at) * batch.target + at * noise
+    states = sequence_states(model, vision, batch, latents, times)
+    grid = LatentShape(*batch.target.shape[2:])
+    velocity = model.velocity(states.gen[:, -grid.tokens :], grid)
+    error = (velocity - (noise - batch.target)).square()
+    return error[:, :, 1:].mean() if batch.first_given else error.mean()
+
+
+class Trainer:
+    """Seeded, resumable training of one stage: "answers" (questions alone), then "lance" (everything)."""
+
+    def __init__(self, work: Path, stage: str, steps: int, rate: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.work, self.stage, self.steps, self.rate, self.step, self.spent = work, stage, steps, rate, 0, 0.0
+        self.nets = torch.nn.ModuleDict({"lance": make_lance(), "vision": make_vision()})
+        if stage == "lance" and (work / "answers.pt").is_file():
+            self.nets.load_state_dict(torch.load(work / "answers.pt", weights_only=True)["nets"])
+        self.averaged = copy.deepcopy(self.nets).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.nets.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+        self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self._resume()
+        make_tokenizer().save(str(work / "tokenizer.json"))
+        self.shares = SHARES if stage == "lance" else {task: SHARES[task] for task in UNDERSTANDING_TASKS}
+        encode = FrozenVAE(work).encode if stage == "lance" else None
+        sequencer = Sequencer(LanceTokenizer.from_folder(work), encode)
+        self.pools = {task: self._pool(sequencer, task, seed) for task in self.shares}
+
+    def _pool(self, sequencer: Sequencer, task: str, seed: int) -> Iterator[Batch]:
+        clips = task in VIDEO_TASKS
+        size, uses = (CLIP_BATCH, 4) if clips else (BATCH, 2)
+        return Pool(sequencer, task, size, random.Random(f"{seed} {task} {self.step}"), 20 * size, uses).batches()
+
+    def _resume(self) -> None:
+        path = self.work / f"{self.stage}.pt"
+        if path.is_file():
+            state = torch.load(path, weights_only=True)
+            self.nets.load_state_dict(state["nets"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.spent = state["step"], state["spent"]
+            self.rng.seed(self.step)
+            self.generator.manual_seed(self.step)
+
+    def save(self) -> None:
+        state = {name: getattr(self, name).state_dict() for name in ("nets", "averaged", "optimizer")}
+        torch.save({**state, "step": self.step, "spent": self.spent}, self.work / f"{self.stage}.new")
+        (self.work / f"{self.stage}.new").replace(self.work / f"{self.stage}.pt")
+
+    def run(self, minutes: float) -> None:
+        log, losses = (self.work / f"{self.stage}.jsonl").open("a", encoding="utf-8"), defaultdict(list)
+        started = time.perf_counter()
+        begun = started - self.spent
+        while self.step < self.steps and time.perf_counter() - started < 60 * minutes:
+            task = self.rng.choices(tuple(self.shares), tuple(self.shares.values()))[0]
+            losses[task].append(self.one(next(self.pools[task]), task))
+            self.step += 1
+            if self.step % 100 == 0:
+                mean = {name: round(sum(values) / len(values), 4) for name, values in sorted(losses.items())}
+                log.write(json.dumps({"step": self.step, "s": round(time.perf_counter() - begun), **mean}) + "\n")
+                log.flush()
+                losses.clear()
+            if self.step % SAVE_EVERY == 0:
+                self.spent = time.perf_counter() - begun
+                self.save()
+        self.spent = time.perf_counter() - begun
+        self.save()
+
+    def one(self, batch: Batch, task: str) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * vae_training.schedule(self.step, self.steps)
+        loss = loss_of(self.nets["lance"], self.nets["vision"], batch, self.generator)
+        self.optimizer.zero_grad()
+        (loss * (ANSWER_WEIGHT if batch.answer else 1.0)).backward()
+        torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
+        self.optimizer.step()
+        kept = min(AVERAGED, self.step / (self.step + 10))
+        with torch.no_grad():
+            for average, value in zip(self.averaged.parameters(), self.nets.parameters(), strict=True):
+                average.lerp_(value, 1 - kept)
+        return float(loss.detach())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True, help="of the whole schedule")
+    parser.add_argument("--minutes", type=float, default=85, help="at most, this time")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--answers", action="store_true", help="only questions: needs no VAE")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    stage = "answers" if arguments.answers else "lance"
+    Trainer(arguments.work, stage, arguments.steps, arguments.rate, arguments.seed).run(arguments.minutes)
+
+
+if __name__ == "__main__":
+    main()
