@@ -14,6 +14,7 @@ from ..lance_runtime.decode import Sampling, answer
 from ..lance_runtime.engine import Engine
 from ..lance_runtime.prompts import system_sentence
 from ..lance_runtime.tokenizer import LanceTokenizer
+from ..lance_runtime.types import TrainedSizes
 from .attention import comfy_attention
 from .pictures import AUTO, frames_of, preset_of
 from .progress import with_prefill_progress
@@ -30,8 +31,8 @@ class LanceClipTokenizer:
     Pictures are read here, and not while the language model is in memory: the vision tower would push it out.
     """
 
-    def __init__(self, tokenizer: LanceTokenizer, tower: VisionTower) -> None:
-        self.tokenizer, self.tower = tokenizer, tower
+    def __init__(self, tokenizer: LanceTokenizer, tower: VisionTower, sizes: TrainedSizes) -> None:
+        self.tokenizer, self.tower, self.sizes = tokenizer, tower, sizes
 
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, image: Tensor | None = None, video: Tensor | None = None, **options: Any
@@ -51,8 +52,8 @@ class LanceClipTokenizer:
     def _read(self, image: Tensor | None, video: Tensor | None) -> Iterator[Segment]:
         sources = [] if image is None else [one[None] for one in image]
         for source in [*sources, *([] if video is None else [video])]:
-            frames = frames_of(source, GENERATE_TEXT_FPS)
-            yield self.tower.encode(frames, preset_of(AUTO, frames))
+            frames = frames_of(source, GENERATE_TEXT_FPS, self.sizes)
+            yield self.tower.encode(frames, preset_of(AUTO, frames, self.sizes))
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(token_ids)
@@ -76,6 +77,10 @@ class LanceTextModel(torch.nn.Module):
     @property
     def tokenizer(self) -> LanceTokenizer:
         return self.owner.tokenizer
+
+    @property
+    def sizes(self) -> TrainedSizes:
+        return self.owner.sizes
 
     def reset_clip_options(self) -> None:
         """There are none."""
@@ -141,7 +146,7 @@ def make_clip(patcher: Any, tower: VisionTower) -> comfy.sd.CLIP:
     clip.patcher = patcher.clone()
     clip.patcher.is_clip = True
     clip.cond_stage_model = LanceTextModel(patcher.model, tower)
-    clip.tokenizer = LanceClipTokenizer(patcher.model.tokenizer, tower)
+    clip.tokenizer = LanceClipTokenizer(patcher.model.tokenizer, tower, patcher.model.sizes)
     clip.layer_idx = None
     clip.tokenizer_options = {}
     clip.use_clip_schedule = False

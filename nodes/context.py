@@ -16,6 +16,7 @@ from .pictures import (
     preset_of,
     raw_latent,
     resolution_input,
+    sizes_of,
     source_input,
 )
 from .schema import CATEGORY, LanceContext, LanceVitTokens, io
@@ -45,8 +46,9 @@ class LanceNativeViTEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, source: Any, resolution: str, fps: float) -> io.NodeOutput:
-        frames = frames_of(source, fps)
-        return io.NodeOutput(lance_of(clip).tower.encode(frames, preset_of(resolution, frames)))
+        lance = lance_of(clip)
+        frames = frames_of(source, fps, lance.sizes)
+        return io.NodeOutput(lance.tower.encode(frames, preset_of(resolution, frames, lance.sizes)))
 
 
 class LanceNativeVAEEncode(io.ComfyNode):
@@ -74,7 +76,7 @@ class LanceNativeVAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: Any, source: Any, resolution: str, fps: float) -> io.NodeOutput:
-        latents = encode_source(vae, frames_of(source, fps), resolution)
+        latents = encode_source(vae, frames_of(source, fps, sizes_of(vae)), resolution)
         shape = LatentShape(*latents.shape[1:]).pixels()
         return io.NodeOutput(raw_latent(latents), shape.width, shape.height, shape.frames)
 
@@ -150,9 +152,10 @@ def _segment(visual: Any, role: str) -> Segment:
 
 def _both_streams(clip: Any, vae: Any, source: Any, resolution: str, fps: float, role: Modality) -> list[Segment]:
     """A picture as the reference gives it to a task that draws: ViT tokens, then clean latents."""
-    frames = frames_of(source, fps)
-    preset = preset_of(resolution, frames)
-    return [lance_of(clip).tower.encode(frames, preset), Segment.latents(encode_source(vae, frames, preset), role)]
+    lance = lance_of(clip)
+    frames = frames_of(source, fps, lance.sizes)
+    preset = preset_of(resolution, frames, lance.sizes)
+    return [lance.tower.encode(frames, preset), Segment.latents(encode_source(vae, frames, preset), role)]
 
 
 class LanceNativeEdit(io.ComfyNode):

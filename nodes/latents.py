@@ -4,15 +4,18 @@ import math
 from typing import Any
 
 import torch
+from server import PromptServer
 from torch import Tensor
 
-from ..lance_runtime.types import TEMPORAL_STRIDE, LatentShape, PixelShape
+from ..lance_runtime.types import LANCE_3B, TEMPORAL_STRIDE, LatentShape, PixelShape, TrainedSizes
 from ..lance_runtime.visuals import encode_given
+from .model import check_model
 from .pictures import FORMAT, empty_latent, encode, frames_of, grid_of
 from .schema import CATEGORY, io
 
 CUSTOM = "custom"
 VIDEO_FPS = 12
+LARGER = 1.02  # buckets of one size class differ by this much in area
 # Published sizes, width x height: images up to 768 x 768, video at 480p and 360p; the second half is upright.
 LANDSCAPE = {
     "image": {"21:9": (1168, 496), "16:9": (1024, 576), "3:2": (944, 624), "4:3": (880, 672), "1:1": (768, 768)},
@@ -71,7 +74,13 @@ class LanceNativeEmptyLatent(io.ComfyNode):
                     advanced=True,
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Results to draw at once."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The MODEL of Load Lance: a model that was trained on other sizes (Lance Nano) gets its own.",
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Latent.Output(),
                 io.Int.Output(display_name="width"),
@@ -81,10 +90,32 @@ class LanceNativeEmptyLatent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, size: str, width: int, height: int, frames: int, seconds: float, batch_size: int) -> io.NodeOutput:
+    def execute(
+        cls, size: str, width: int, height: int, frames: int, seconds: float, batch_size: int, model: Any = None
+    ) -> io.NodeOutput:
+        sizes = LANCE_3B if model is None else check_model(model).sizes
         width, height = SIZES.get(size, (width, height))
-        shape = PixelShape(frames_for(frames, seconds), height, width)
-        return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames)
+        frames = frames_for(frames, seconds)
+        if sizes != LANCE_3B and size != CUSTOM:
+            height, width = sizes.image if frames == 1 else sizes.video
+            frames = min(frames, sizes.most_frames)
+        shape = PixelShape(frames, height, width)
+        note = described(shape, sizes)
+        PromptServer.instance.send_progress_text(note, cls.hidden.unique_id)
+        return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames, ui={"text": [note]})
+
+
+def described(shape: PixelShape, sizes: TrainedSizes) -> str:
+    """Size, length and tokens in words, and whether that is beyond what was trained."""
+    picture, latent = shape.frames == 1, shape.latent()
+    length = (
+        "1 picture" if picture else f"{shape.frames} frames, {(shape.frames - 1) / VIDEO_FPS:.3g} s at {VIDEO_FPS} a second"
+    )
+    note = f"{shape.width} x {shape.height}, {length}, {latent.tokens} tokens"
+    most = sizes.image if picture else sizes.video
+    beyond = [f"{most[1]} x {most[0]} pixels"] if shape.width * shape.height > LARGER * math.prod(most) else []
+    beyond += [f"{sizes.most_frames} frames"] if shape.frames > sizes.most_frames else []
+    return f"{note}\nNothing beyond {' and '.join(beyond)} was trained: expect repetitions." if beyond else note
 
 
 class LanceNativeVideoStart(io.ComfyNode):

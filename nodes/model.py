@@ -17,7 +17,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..lance_runtime.checkpoint import TensorFile, check_names, guess_variant, model_tensors
+from ..lance_runtime.checkpoint import ANY_VARIANT, TensorFile, check_names, guess_variant, model_tensors
 from ..lance_runtime.config import LanceConfig
 from ..lance_runtime.denoise import predict_velocity
 from ..lance_runtime.engine import Engine
@@ -25,7 +25,7 @@ from ..lance_runtime.files import read_config
 from ..lance_runtime.model.transformer import Lance, Streams
 from ..lance_runtime.prefill import Branch, branch
 from ..lance_runtime.tokenizer import LanceTokenizer
-from ..lance_runtime.types import LatentShape
+from ..lance_runtime.types import LatentShape, TrainedSizes
 from .attention import comfy_attention
 from .pictures import check_channels
 from .progress import with_prefill_progress
@@ -171,6 +171,10 @@ class LanceModel(comfy.model_base.BaseModel):
         self.prefixes: list[Prefix] = []
         self.memory_usage_factor_conds = ("prefix",)
 
+    @property
+    def sizes(self) -> TrainedSizes:
+        return self.diffusion_model.config.sizes
+
     def process_timestep(self, timestep: Tensor, **kwargs: Any) -> Tensor:
         # The network sees sigma, whatever multiplier ModelSamplingSD3 or AuraFlow has put here.
         return timestep / self.model_sampling.multiplier
@@ -190,7 +194,7 @@ class LanceModel(comfy.model_base.BaseModel):
     def _check_variant(self, frames: int) -> None:
         """The tensors of the two checkpoints match, their training does not."""
         fitting = "image" if frames == 1 else "video"
-        if self.variant not in (None, fitting):
+        if self.variant not in (None, ANY_VARIANT, fitting):
             LOGGER.warning("[Lance] This is the %s checkpoint; the %s checkpoint draws this better.", self.variant, fitting)
 
     def process_latent_in(self, latent: Tensor) -> Tensor:
@@ -235,9 +239,11 @@ class LanceModel(comfy.model_base.BaseModel):
         self.prefixes.clear()
 
 
-def check_model(model: comfy.model_patcher.ModelPatcher) -> None:
+def check_model(model: comfy.model_patcher.ModelPatcher) -> "LanceModel":
+    """The Lance model of a MODEL; ``ValueError`` for one that is not Lance's."""
     if not isinstance(model.model, LanceModel):
         raise ValueError(f"This MODEL is a {type(model.model).__name__}, not Lance's.\nConnect the MODEL of Load Lance.")
+    return model.model
 
 
 class LanceModelConfig(comfy.supported_models_base.BASE):

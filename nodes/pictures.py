@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..lance_runtime.preprocess import fitted_pixels, presets, sample_frames, to_frames, vae_pixels
-from ..lance_runtime.types import SPATIAL_STRIDE, TEMPORAL_STRIDE, LatentShape
+from ..lance_runtime.types import LANCE_3B, SPATIAL_STRIDE, TEMPORAL_STRIDE, LatentShape, TrainedSizes
 from .schema import io
 
 AUTO = "auto"
@@ -23,7 +23,7 @@ def is_video(source: Any) -> bool:
     return hasattr(source, "get_components")
 
 
-def frames_of(source: Any, fps: float = FPS) -> np.ndarray:
+def frames_of(source: Any, fps: float = FPS, sizes: TrainedSizes = LANCE_3B) -> np.ndarray:
     """IMAGE (T, H, W, C) in 0..1, or VIDEO -> uint8 (T, H, W, 3); clips are sampled as the model was trained.
 
     A single image is one frame; several images are a clip at ``fps``. Transparency is laid on white.
@@ -34,14 +34,23 @@ def frames_of(source: Any, fps: float = FPS) -> np.ndarray:
     else:
         images = source
     frames = to_frames(images.float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
-    return frames[sample_frames(len(frames), fps)] if len(frames) > 1 else frames
+    return frames[sample_frames(len(frames), fps, sizes.seconds)] if len(frames) > 1 else frames
 
 
-def preset_of(resolution: str, frames: np.ndarray) -> str:
+def preset_of(resolution: str, frames: np.ndarray, sizes: TrainedSizes = LANCE_3B) -> str:
     """The resolution asked for; "auto" is the largest trained one for an image or a clip."""
-    if resolution != AUTO:
-        return resolution
-    return "image_768res" if len(frames) == 1 else "video_480p"
+    return resolution if resolution != AUTO else sizes.preset(video=len(frames) > 1)
+
+
+def sizes_of(vae: Any) -> TrainedSizes:
+    """What the model that a VAE was loaded with was trained on (``mark_sizes``)."""
+    return getattr(vae, "lance_sizes", LANCE_3B)
+
+
+def mark_sizes(vae: Any, sizes: TrainedSizes) -> Any:
+    """Nodes that see no model but a VAE must still know Nano's sizes."""
+    vae.lance_sizes = sizes
+    return vae
 
 
 def encode(vae: Any, pixels: Tensor) -> Tensor:
@@ -60,7 +69,7 @@ def encode_source(vae: Any, frames: np.ndarray, resolution: str) -> Tensor:
     if resolution == AS_IS:
         height, width = (size // SPATIAL_STRIDE * SPATIAL_STRIDE for size in frames.shape[1:3])
         return encode(vae, fitted_pixels(frames, (max(height, SPATIAL_STRIDE), max(width, SPATIAL_STRIDE))))
-    return encode(vae, vae_pixels(frames, preset_of(resolution, frames)))
+    return encode(vae, vae_pixels(frames, preset_of(resolution, frames, sizes_of(vae))))
 
 
 def raw_latent(latents: Tensor) -> dict[str, Any]:

@@ -113,17 +113,19 @@ class LanceNativeAsk(io.ComfyNode):
 
 def _seen(clip: Any, sources: list[Any], resolution: str, system: str) -> Context:
     lance = lance_of(clip)
-    frames = [frames_of(source) for source in sources]
-    return open_context(lance.tokenizer, system, [lance.tower.encode(one, preset_of(resolution, one)) for one in frames])
+    frames = [frames_of(source, sizes=lance.sizes) for source in sources]
+    seen = [lance.tower.encode(one, preset_of(resolution, one, lance.sizes)) for one in frames]
+    return open_context(lance.tokenizer, system, seen)
 
 
 def _boxes(clip: Any, answer: str, sources: list[Any], resolution: str) -> tuple[list[dict], Tensor]:
     """Boxes in pixels of the (last) picture, and a mask of them; nothing where there is no picture."""
     if not sources:
         return [], torch.zeros(1, 64, 64)
-    frames = frames_of(sources[-1])
+    lance = lance_of(clip)
+    frames = frames_of(sources[-1], sizes=lance.sizes)
     height, width = frames.shape[1:3]
-    seen = vit_size(height, width, preset_of(resolution, frames), lance_of(clip).tower.config)
+    seen = vit_size(height, width, preset_of(resolution, frames, lance.sizes), lance.tower.config)
     boxes, mask = find_boxes(answer, seen, (height, width)), torch.zeros(1, height, width)
     for box in boxes:
         mask[0, box["y"] : box["y"] + box["height"], box["x"] : box["x"] + box["width"]] = 1

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
 from lance_runtime.config import LanceConfig, VisionConfig
@@ -18,8 +17,10 @@ from lance_runtime.model.vision import build_vision
 from lance_runtime.prompts import TASKS as ALL_TASKS
 from lance_runtime.prompts import caption_sentences, system_sentence
 from lance_runtime.tokenizer import QWEN_ADDED_TOKENS
+from lance_runtime.types import TrainedSizes
 
 from .tasks import TASKS, draw
+from .world import FRAMES, SIDE
 
 VOCABULARY = 1024
 CONFIG = LanceConfig(
@@ -31,11 +32,12 @@ CONFIG = LanceConfig(
     head_dim=32,
     vocab_size=VOCABULARY,
     mrope_section=(4, 6, 6),
+    sizes=TrainedSizes("image_96res", "video_96p", (SIDE, SIDE), (SIDE, SIDE), FRAMES, FRAMES, FRAMES / 12),
 )
 VISION = VisionConfig(
     depth=3, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=160, fullatt_block_indexes=(1, 2)
 )
-IMAGE_PRESET, VIDEO_PRESET = "image_96res", "video_96p"
+IMAGE_PRESET = CONFIG.sizes.image_preset
 
 # How Qwen2.5 cuts text into words (Qwen2.5's tokenizer.json).
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -62,7 +64,7 @@ def make_tokenizer() -> Tokenizer:
     """Qwen2.5's kind of tokenizer, byte-level BPE, with a vocabulary of this world."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(_regex(WORDS), "isolated")
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -74,12 +76,6 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator(texts(), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_ADDED_TOKENS])
     return tokenizer
-
-
-def _regex(pattern: str) -> Any:
-    from tokenizers import Regex
-
-    return Regex(pattern)
 
 
 def make_lance() -> Lance:
@@ -132,10 +128,6 @@ def llm_config() -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "vocab_size": CONFIG.vocab_size,
     }
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    module.load_state_dict(torch.load(path, weights_only=True))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -40,8 +40,13 @@ ZH = {
     "small": "小",
 }
 ZH_DOES = {
-    **{"left": "向左移动", "right": "向右移动", "up": "向上移动", "down": "向下移动"},
-    **{"grows": "变大", "shrinks": "变小", "turns": "旋转"},
+    "left": "向左移动",
+    "right": "向右移动",
+    "up": "向上移动",
+    "down": "向下移动",
+    "grows": "变大",
+    "shrinks": "变小",
+    "turns": "旋转",
 }
 ZH_NUMBERS = "零一二三"
 

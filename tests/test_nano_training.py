@@ -1,0 +1,91 @@
+"""Nano is trained on the runtime's own numbers: one dense pass with gradients equals prefill, cache and loops."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from nano.batches import Sequencer, stack
+from nano.parts import CONFIG, VISION, make_lance, make_tokenizer, make_vision
+from nano.tasks import TASKS, draw
+from nano.train import sequence_states
+
+from lance_runtime.context import Context, Segment, layout
+from lance_runtime.denoise import predict_velocity
+from lance_runtime.engine import Engine
+from lance_runtime.model.vision import encode_vision
+from lance_runtime.prefill import branch, prefill
+from lance_runtime.tokenizer import LanceTokenizer
+from lance_runtime.types import LatentShape, Modality
+
+SMALL = 16  # examples of a task are drawn until this many lie in one layout, or one does
+
+
+def fake_latents(frames: np.ndarray) -> torch.Tensor:
+    """A stand-in for the VAE, which does not matter here: any numbers of the right shape."""
+    generator = torch.Generator().manual_seed(int(frames.sum()))
+    return torch.randn(48, (len(frames) - 1) // 4 + 1, 6, 6, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    model, vision = make_lance().requires_grad_(False), make_vision().requires_grad_(False)
+    torch.nn.init.normal_(model.llm2vae.weight, std=0.1)
+    return model, vision, Sequencer(LanceTokenizer(make_tokenizer()), fake_latents)
+
+
+def seen_by_the_runtime(vision, item) -> Context:
+    """The same sequence with what the runtime's own vision tower makes of the patches."""
+    patches, segments = list(zip(item.patches, item.grids, strict=True)), []
+    for split in item.layout.splits:
+        segment = split.segment
+        if segment.modality == Modality.VIT:
+            patch, grid = patches.pop(0)
+            segment = Segment.vit(encode_vision(vision, patch, grid), segment.grid)
+        segments.append(segment)
+    return Context(tuple(s for s in segments if s.modality != Modality.TARGET), item.layout.vision)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", TASKS)
+def test_the_dense_pass_equals_the_runtime(parts, task):
+    model, vision, sequencer = parts
+    rng = random.Random(task)
+    items = [sequencer.item(draw(rng, task), rng) for _ in range(SMALL)]
+    same = [item for item in items if item.signature == items[0].signature]
+    batch, engine = stack(same), Engine(model, torch.float32, torch.device("cpu"))
+    if items[0].target is None:
+        states = sequence_states(model, vision, batch, None, None).und
+        for row, item in enumerate(same):
+            _, expected = prefill(engine, layout(seen_by_the_runtime(vision, item)))
+            torch.testing.assert_close(states[row : row + 1, -expected.shape[1] :], expected, atol=2e-4, rtol=1e-3)
+        return
+    times = torch.rand(len(same), 1).expand(-1, batch.target.shape[2]).clone()
+    times[:, 0] = 0 if batch.first_given else times[:, 0]
+    latents, grid = torch.randn(batch.target.shape), LatentShape(*batch.target.shape[2:])
+    gen = sequence_states(model, vision, batch, latents, times).gen[:, -grid.tokens :]
+    compared = 0
+    for row, item in enumerate(same):
+        context = seen_by_the_runtime(vision, item)
+        made = layout(context, grid)
+        if not torch.equal(made.positions, item.layout.positions):
+            continue  # an unconditional one whose prefix keeps the prompt's place
+        expected = predict_velocity(engine, latents[row : row + 1], times[row : row + 1], [branch(engine, made)])
+        torch.testing.assert_close(model.velocity(gen[row : row + 1], grid), expected, atol=2e-4, rtol=1e-3)
+        compared += 1
+    assert compared
+
+
+def test_sizes_fit_the_file():
+    model, vision = make_lance(), make_vision()
+    count = sum(p.numel() for net in (model, vision) for p in net.parameters())
+    assert 3e6 < count < 5e6
+    assert CONFIG.hidden_size == VISION.out_hidden_size
