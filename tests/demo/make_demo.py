@@ -1,100 +1,128 @@
-"""``make demo``: a picture, an edit and an answer with the tiny bundled checkpoint, through the command line's own code."""
+"""``make demo``: what the built-in Lance Nano draws, edits and answers, on one contact sheet."""
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from lance_runtime.__main__ import build_parser, run  # noqa: E402
+from lance_runtime import LancePipeline  # noqa: E402
+from lance_runtime.media import write_video  # noqa: E402
 
-CHECKPOINT, MEDIA, DEMO = (Path(name) for name in ("tests/data/parity/checkpoint", "tests/data/parity/media", "demo"))
-SOURCE = DEMO / "source.png"
-PROMPT = "A red fox in the snow, close-up, soft morning light"
-EDIT = "Make it night."
-QUESTION = "What is in this picture?"
-FEW = ("--steps", "12")  # no number of steps makes more of random weights
-COMMANDS = (
-    ("t2i", "--prompt", PROMPT, "--height", "256", "--width", "256", *FEW, "--output", DEMO / "t2i.png"),
-    ("image_edit", "--image", SOURCE, "--prompt", EDIT, "--resolution", "image_256res", *FEW, "--output", DEMO / "edit.png"),
-    ("x2t_image", "--image", SOURCE, "--question", QUESTION, "--max-new-tokens", "24", "--output", DEMO / "answer.txt"),
+NANO, DEMO = Path("lance_runtime/nano"), Path("demo")
+PROMPTS = (
+    "a big red star on a pink background",
+    "a green circle to the left of a yellow square on a black background",
+    "three purple triangles on a striped background",
+    "a small blue square at the top on a white background",
 )
-NOTICE = (
-    "The bundled checkpoint is tiny and its weights are random. So the pictures are noise and the answer is gibberish: "
-    "they prove that the machinery runs, and show nothing of what Lance can draw. For that, put the real checkpoint in "
-    "the place of tests/data/parity/checkpoint in the commands."
+# The picture to start from (made by the prompt), and what to do with it.
+EDITS = (
+    ("a big orange circle in the middle on a gray background", "make the circle blue"),
+    ("a red square to the left of a blue star on a striped background", "remove the square"),
+    ("a small green triangle on the left on a white background", "add a yellow star on the right"),
+    ("a big purple star in the middle on a black background", "make the background pink"),
 )
-WIDTH, MARGIN, LINE = 300, 20, 18
+CLIPS = ("a yellow star moves to the right on a black background", "a blue circle grows on a white background")
+QUESTIONS = ("What color is the star?", "How many shapes are there?", "Which shape is orange?", "")
+SIDE, GAP, LINE, STRIP = 192, 24, 20, (0, 2, 4, 6, 8)
 
 
-def shown(arguments: Sequence[object]) -> str:
-    """A command as one would type it."""
-    words = [str(argument) for argument in arguments]
-    return "python -m lance_runtime " + " ".join(f'"{word}"' if " " in word else word for word in words)
+@dataclass(frozen=True)
+class Card:
+    """Pictures side by side, and the words under them."""
+
+    pictures: Sequence[np.ndarray]
+    words: str
 
 
 def main() -> None:
     os.chdir(ROOT)
     DEMO.mkdir(exist_ok=True)
-    shutil.copy(MEDIA / "wide.png", SOURCE)
-    print(f"\n{textwrap.fill(NOTICE, 100)}\n")
-    lines, answer, start = [], "", time.perf_counter()
-    for task, *rest in COMMANDS:
-        arguments = [str(argument) for argument in (task, "--model", CHECKPOINT, *rest)]
-        lines.append(shown(arguments))
-        print(f"$ {lines[-1]}", flush=True)
-        answer = run(build_parser().parse_args(arguments))
-    # The tiny tokenizer may write any byte: what a terminal or a font cannot show is spelled out.
-    readable = answer.encode("unicode_escape").decode("ascii")
-    print(readable)
-    write_readme(lines)
-    contact_sheet(readable)
-    print(f"\n{time.perf_counter() - start:.0f} s. Written: {', '.join(sorted(str(path) for path in DEMO.iterdir()))}")
-    print("The weights are random: noise and gibberish are the right result here. (demo/README.txt)")
-
-
-def write_readme(lines: Sequence[str]) -> None:
-    contents = (
-        ("t2i.png", "a picture from a prompt"),
-        ("source.png, edit.png", "a picture, and the same changed as a prompt asked for"),
-        ("answer.txt", "an answer to a question about source.png"),
-        ("sheet.png", "all of it on one sheet"),
-    )
-    listed = "\n".join(f"{name:<22}{what}" for name, what in contents)
-    commands = "\n".join(lines)
-    text = f"{textwrap.fill(NOTICE, 100)}\n\n{listed}\n\nMade by:\n\n{commands}\n"
-    (DEMO / "README.txt").write_text(text, "utf-8")
-
-
-def contact_sheet(answer: str) -> None:
-    """Every picture with its words under it, and the warning above them all."""
-    columns = (
-        (DEMO / "t2i.png", f"t2i: {PROMPT}"),
-        (SOURCE, "the source of the edit and of the question"),
-        (DEMO / "edit.png", f"image_edit: {EDIT}"),
-        (SOURCE, f"x2t_image: {QUESTION}\n-> {answer}"),
-    )
-    font, step = ImageFont.load_default(14), WIDTH + MARGIN
-    sheet = Image.new("RGB", (step * len(columns) + MARGIN, WIDTH + 11 * LINE), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.multiline_text((MARGIN, MARGIN), textwrap.fill(NOTICE, 150), fill="firebrick", font=font)
-    for index, (path, words) in enumerate(columns):
-        left, top = MARGIN + index * step, MARGIN + 3 * LINE
-        with Image.open(path) as picture:
-            scaled = picture.convert("RGB").resize((WIDTH, round(WIDTH * picture.height / picture.width)))
-        sheet.paste(scaled, (left, top))
-        wrapped = "\n".join(textwrap.fill(line, 40) for line in words.splitlines())
-        draw.multiline_text((left, top + WIDTH + LINE // 2), wrapped, fill="black", font=font)
+    logging.basicConfig(level=logging.WARNING)
+    start = time.perf_counter()
+    pipe = LancePipeline.from_pretrained(NANO, "image")
+    rows = [drawn(pipe), edited(pipe), *([clip] for clip in clips(pipe)), answered(pipe)]
+    titles = ("Text to picture", "A picture changed", "Text to clip", "Image to clip", "Questions")
+    sheet = contact_sheet(list(zip(titles, rows, strict=True)))
     sheet.save(DEMO / "sheet.png")
+    print(f"{time.perf_counter() - start:.0f} s. Look at {DEMO / 'sheet.png'}; every picture and clip lies beside it.")
+
+
+def drawn(pipe: LancePipeline) -> list[Card]:
+    return [Card([picture(pipe, prompt, f"picture {index}")], prompt) for index, prompt in enumerate(PROMPTS, 1)]
+
+
+def picture(pipe: LancePipeline, prompt: str, name: str) -> np.ndarray:
+    frame = pipe("t2i", prompt, seed=1).frames[0]
+    Image.fromarray(frame).save(DEMO / f"{name}.png")
+    return frame
+
+
+def edited(pipe: LancePipeline) -> list[Card]:
+    cards = []
+    for index, (prompt, change) in enumerate(EDITS, 1):
+        before = picture(pipe, prompt, f"edit {index} before")
+        after = pipe("image_edit", change, images=[before], seed=1).frames[0]
+        Image.fromarray(after).save(DEMO / f"edit {index} after.png")
+        cards.append(Card([before, after], change))
+    return cards
+
+
+def clips(pipe: LancePipeline) -> list[Card]:
+    first = picture(pipe, "a big green triangle on the left on a pink background", "first frame")
+    made = [(prompt, pipe("t2v", prompt, seed=1).frames) for prompt in CLIPS]
+    moved = "the triangle moves to the right"
+    continued = pipe("i2v", moved, images=[first], seed=1).frames
+    for index, (_, frames) in enumerate([*made, (moved, continued)], 1):
+        write_video(DEMO / f"clip {index}.mp4", frames)
+    strips = [Card([frames[i] for i in STRIP], prompt) for prompt, frames in made]
+    return [*strips, Card([continued[i] for i in STRIP], f"the first picture is given; {moved}")]
+
+
+def answered(pipe: LancePipeline) -> list[Card]:
+    cards = []
+    for question, prompt in zip(QUESTIONS, (PROMPTS[0], PROMPTS[1], EDITS[0][0], PROMPTS[2]), strict=True):
+        seen = pipe("t2i", prompt, seed=1).frames[0]
+        answer = pipe("x2t_image", images=[seen], question=question, max_new_tokens=40).text
+        cards.append(Card([seen], f"{question or '(no question)'}\n{answer}"))
+    return cards
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Card]]]) -> Image.Image:
+    """Every card with its words under it, a title over each row."""
+    font, bold = ImageFont.load_default(15), ImageFont.load_default(20)
+    width = max(sum(card_width(card) + GAP for card in cards) for _, cards in rows) + GAP
+    height = GAP + len(rows) * (LINE * 2 + SIDE + LINE * 4)
+    sheet, top = Image.new("RGB", (width, height), "white"), GAP
+    draw = ImageDraw.Draw(sheet)
+    for title, cards in rows:
+        draw.text((GAP, top), title, fill="black", font=bold)
+        left, top = GAP, top + LINE * 2
+        for card in cards:
+            for index, frame in enumerate(card.pictures):
+                sheet.paste(Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left + index * (SIDE + 4), top))
+            columns = card_width(card) // 8
+            words = "\n".join(textwrap.fill(line, columns) for line in card.words.splitlines())
+            draw.multiline_text((left, top + SIDE + 6), words, fill="#333333", font=font)
+            left += card_width(card) + GAP
+        top += SIDE + LINE * 4
+    return sheet
+
+
+def card_width(card: Card) -> int:
+    return len(card.pictures) * (SIDE + 4) - 4
 
 
 if __name__ == "__main__":
