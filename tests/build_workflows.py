@@ -55,8 +55,9 @@ ARRANGE = """({columns, sizes, gap, top, note}) => {
     let x = 40;
     const memo = LiteGraph.createNode("MarkdownNote");
     memo.pos = [x, top]; memo.size = [note.width, 170]; memo.title = note.title;
-    memo.widgets[0].value = note.text;
     app.graph.add(memo);
+    // Only now: on its way in, the widget takes what the page remembers of the last graph's note.
+    memo.widgets[0].value = note.text;
     x += note.width + gap;
     for (const column of columns) {
         let y = top, width = 0;

@@ -49,6 +49,12 @@ def test_template_holds_the_nodes_of_its_twin(workflow):
     assert types == sorted(node["class_type"] for node in workflow.graph.values())
 
 
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=NAMES)
+def test_every_template_has_its_own_note(workflow):
+    notes = [node["widgets_values"] for node in template(workflow.name)["nodes"] if node["type"] == "MarkdownNote"]
+    assert notes == [[workflow.note]]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nodes_name_their_packs_and_models(name):
     for node in template(name)["nodes"]:
