@@ -1,10 +1,11 @@
-"""The command line: ``python -m lance_runtime TASK --model FOLDER ...``."""
+"""The command line: ``python -m lance_runtime TASK --model FOLDER ...`` and ``python -m lance_runtime download``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,9 @@ EPILOG = """tasks:
   x2t_image      an answer to --question about one or more --image (no question: a caption)
   x2t_video      an answer to --question about --video
 
+weights:
+  python -m lance_runtime download --to ComfyUI/models          (its own --help says more)
+
 examples:
   python -m lance_runtime t2i --model Lance --prompt "A red fox in the snow, close-up" --output fox.png
   python -m lance_runtime image_edit --model Lance --image fox.png --prompt "Make it night." --output night.png
@@ -38,8 +42,9 @@ examples:
   python -m lance_runtime x2t_image --model Lance --image fox.png --question "What animal is it?"
 
 --model is the folder that holds Lance_3B/, Lance_3B_Video/, Qwen2.5-VL-ViT/ and Wan2.2_VAE.pth as on the hub
-(bytedance-research/Lance). Long, literal prompts that name camera and motion work best; 30 steps, shift 3.5 and
-guidance 4 are the model's own settings. Sizes are multiples of 16, frame counts 4k+1, clips play at 12 a second.
+(bytedance-research/Lance), or ComfyUI's models folder with them in its own folders. Long, literal prompts that name
+camera and motion work best; 30 steps, shift 3.5 and guidance 4 are the model's own settings. Sizes are multiples of
+16, frame counts 4k+1, clips play at 12 a second.
 """
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,6 +66,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("task", choices=TASKS, metavar="TASK", help="one of the nine tasks below")
     for add in (_add_model, _add_inputs, _add_drawing, _add_guidance, _add_answer):
         add(parser)
+    return parser
+
+
+def build_download_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m lance_runtime download",
+        description="Fetch Lance's weights from the hub into ComfyUI's model folders. What is there is checked and kept, what "
+        "was interrupted goes on where it stopped, and how much disk it takes is said before anything is fetched.",
+    )
+    parser.add_argument(
+        "--variant",
+        choices=("image", "video", "all"),
+        default="image",
+        help="for pictures (with the vision tower), for clips, or both (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--to", type=Path, metavar="MODELS", help="ComfyUI's models folder (default: that of the ComfyUI around this pack)"
+    )
     return parser
 
 
@@ -192,14 +215,40 @@ class Progress:
             self.bar.close()
 
 
+def fetch(options: argparse.Namespace) -> str:
+    """Download a variant; returns the line to print at the end."""
+    if not Path(__file__).with_name("download.py").is_file():
+        raise ValueError(
+            "This copy holds no download.py: the registry's archive leaves out what talks to the network.\n"
+            "Run the command in a git clone, or fetch the files by hand as the README says."
+        )
+    from .download import Hub, download, make_plan, models_around
+
+    models = options.to or models_around(Path(__file__))
+    if models is None:
+        raise ValueError("This pack is in no ComfyUI's custom_nodes.\nSay where the files are to go: --to .../ComfyUI/models")
+    hub = Hub()
+    plan = make_plan(models, options.variant, hub)
+    print(*plan.lines(), sep="\n", flush=True)
+    download(plan, hub, partial(print, flush=True))
+    return f"{len(plan.files)} files of the {options.variant} variant are complete in {models}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on what is wrong."""
-    options = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    downloads = words[:1] == ["download"]
+    options = build_download_parser().parse_args(words[1:]) if downloads else build_parser().parse_args(words)
     try:
-        print(run(options))
+        print((fetch if downloads else run)(options))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if not downloads:
+            raise
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Where the parts of a model lie: the hub's tree, or single files that carry their own configuration."""
+"""Where the parts of a model lie: the hub's tree, ComfyUI's model folders, or single files with their configuration."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ MODEL_NAMES = ("model.safetensors", "ema.safetensors")
 VIT_FOLDER, VIT_NAME = "Qwen2.5-VL-ViT", "vit.safetensors"
 VAE_NAMES = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "wan2.2_vae.safetensors")
 VIT_CHOICES = ("auto", "checkpoint", "standalone")
+# ComfyUI's own folders under models/: the hub's tree lies in them part by part.
+MODEL_HOME, VIT_HOME, VAE_HOME = "diffusion_models", "text_encoders", "vae"
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,12 @@ def find_sources(path: Path, variant: str, vit: str = "auto") -> Sources:
     check_is_lance(model)
     home = path if path.is_dir() else path.parent
     tower = None if _uses_own_vit(model, vit) else TensorFile(_find_vit(home))
-    config_file = home / VIT_FOLDER / "config.json"
     return Sources(
         model=model,
         vit=tower,
         vae=_find_vae(home),
         config=read_config(model),
-        vision=read_vision_config(tower, config_file),
+        vision=read_vision_config(tower, _find_vit_config(home)),
         tokenizer=read_tokenizer(model),
     )
 
@@ -105,20 +106,25 @@ def _uses_own_vit(model: TensorFile, vit: str) -> bool:
 def _find_model(path: Path, variant: str) -> Path:
     if path.is_file():
         return path
-    fixed = [path / VARIANT_FOLDERS[variant] / name for name in MODEL_NAMES]
+    fixed = [folder / VARIANT_FOLDERS[variant] / name for folder in (path, path / MODEL_HOME) for name in MODEL_NAMES]
     others = [path / folder / name for folder in VARIANT_FOLDERS.values() for name in MODEL_NAMES]
     shared = [p for p in others if p.is_file() and guess_variant(TensorFile(p)) == ANY_VARIANT]
     single = (p for p in _single_files(path, "a Lance checkpoint") if guess_variant(TensorFile(p)) in (variant, ANY_VARIANT))
-    return _first([*fixed, *shared], single) or _missing(f"The {variant} checkpoint", fixed, path)
+    return _first([*fixed, *shared], single) or _missing(f"The {variant} checkpoint", fixed[: len(MODEL_NAMES)], path)
 
 
 def _find_vit(home: Path) -> Path:
-    fixed = [folder / VIT_FOLDER / VIT_NAME for folder in (home, home.parent)]
+    fixed = [folder / VIT_FOLDER / VIT_NAME for folder in (home, home.parent, home / VIT_HOME)]
     return _first(fixed, _single_files(home, "a vision tower alone")) or _missing("The vision tower", fixed[:1], home)
 
 
+def _find_vit_config(home: Path) -> Path:
+    fixed = [folder / VIT_FOLDER / "config.json" for folder in (home, home / VIT_HOME)]
+    return _first(fixed, iter(())) or fixed[0]
+
+
 def _find_vae(home: Path) -> Path:
-    fixed = [folder / name for folder in (home, home.parent) for name in VAE_NAMES]
+    fixed = [folder / name for folder in (home, home.parent, home / VAE_HOME) for name in VAE_NAMES]
     found = _first(fixed, _single_files(home, "a Wan 2.2 VAE"))
     return found or _missing("The Wan 2.2 VAE", fixed[: len(VAE_NAMES)], home)
 

@@ -2,11 +2,10 @@
 
 import logging
 
-import folder_paths
-
 from ..lance_runtime.checkpoint import TensorFile, guess_variant
 from .clip import make_clip
 from .model import WEIGHT_TYPES, load_model
+from .model_files import model_files, model_path
 from .schema import CATEGORY, io
 from .tokenizers import find_tokenizer
 from .vae import load_vae
@@ -20,7 +19,7 @@ VARIANTS = ["auto", "image", "video"]
 class LanceNativeLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        vits = [AUTO_VIT, *folder_paths.get_filename_list("text_encoders")]
+        vits = [AUTO_VIT, *model_files("text_encoders")]
         return io.Schema(
             node_id="LanceNativeLoader",
             display_name="Load Lance",
@@ -30,7 +29,7 @@ class LanceNativeLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
+                    options=model_files("diffusion_models"),
                     tooltip="The Lance checkpoint (models/diffusion_models): Lance_3B for images, Lance_3B_Video for videos.",
                 ),
                 io.Combo.Input(
@@ -42,7 +41,7 @@ class LanceNativeLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "vae_name",
-                    options=folder_paths.get_filename_list("vae"),
+                    options=model_files("vae"),
                     tooltip="The Wan 2.2 VAE of 48 channels (models/vae).",
                 ),
                 io.Combo.Input(
@@ -69,8 +68,8 @@ class LanceNativeLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, vit_name: str, vae_name: str, variant: str, weight_type: str) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        vae_path = folder_paths.get_full_path_or_raise("vae", vae_name)
+        path = model_path("diffusion_models", model_name)
+        vae_path = model_path("vae", vae_name)
         file = TensorFile(path)
         tokenizer = find_tokenizer(file)
         patcher = load_model(path, tokenizer, weight_type)

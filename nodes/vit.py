@@ -18,6 +18,7 @@ from ..lance_runtime.model.vision import build_vision, encode_vision, restore_bu
 from ..lance_runtime.preprocess import vit_patches
 from ..lance_runtime.types import LatentShape
 from .attention import comfy_attention
+from .model_files import model_path
 
 AUTO = "auto"
 FOLDER = "text_encoders"
@@ -74,7 +75,7 @@ class VisionTower:
 
     def _file(self) -> TensorFile:
         if self.name != AUTO:
-            return TensorFile(folder_paths.get_full_path_or_raise(FOLDER, self.name))
+            return TensorFile(model_path(FOLDER, self.name))
         model = TensorFile(self.model_path)
         found = model if has_own_vit(model) else next(_towers(), None)
         if found is None:

@@ -25,7 +25,8 @@ WAN = "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/
 URLS = {
     "Lance_3B.safetensors": (f"{HUB}/Lance_3B/model.safetensors", "diffusion_models"),
     "Lance_3B_Video.safetensors": (f"{HUB}/Lance_3B_Video/model.safetensors", "diffusion_models"),
-    "wan2.2_vae.safetensors": (WAN, "vae"),
+    "qwen2.5_vl_vit.safetensors": (f"{HUB}/Qwen2.5-VL-ViT/vit.safetensors", "text_encoders"),
+    "wan2.2_vae.safetensors": (WAN, "vae"),  # not the hub's .pth: Desktop downloads safetensors alone
 }
 VERSION = "0.1.0"
 GAP, TOP, NOTE_WIDTH = 50, 80, 300
@@ -54,8 +55,9 @@ ARRANGE = """({columns, sizes, gap, top, note}) => {
     let x = 40;
     const memo = LiteGraph.createNode("MarkdownNote");
     memo.pos = [x, top]; memo.size = [note.width, 170]; memo.title = note.title;
-    memo.widgets[0].value = note.text;
     app.graph.add(memo);
+    // Only now: on its way in, the widget takes what the page remembers of the last graph's note.
+    memo.widgets[0].value = note.text;
     x += note.width + gap;
     for (const column of columns) {
         let y = top, width = 0;
@@ -125,7 +127,9 @@ CONVERT = """({outside, promoted, name, description}) => {
 def blueprint(page: Any, workflow: Workflow) -> dict[str, Any]:
     """A template as one box, without the nodes that load and save."""
     load_workflow(page, workflow.graph)
-    arguments = {"outside": OUTSIDE, "promoted": PROMOTED, "name": BLUEPRINTS[workflow.name], "description": workflow.note}
+    named = workflow.graph["load"]["inputs"]["vit_name"] != "auto"
+    promoted = [*PROMOTED, ["LanceNativeLoader", "vit_name"]] if named else PROMOTED
+    arguments = {"outside": OUTSIDE, "promoted": promoted, "name": BLUEPRINTS[workflow.name], "description": workflow.note}
     graph = page.evaluate(CONVERT, arguments)
     for node in graph["nodes"]:
         for slot in (*node["inputs"], *node["outputs"]):

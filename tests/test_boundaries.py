@@ -30,6 +30,7 @@ ORDER = [
     "denoise",
     "decode",
     "files",
+    "download",
     "components",
     "memory",
     "visuals",

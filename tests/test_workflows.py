@@ -49,6 +49,12 @@ def test_template_holds_the_nodes_of_its_twin(workflow):
     assert types == sorted(node["class_type"] for node in workflow.graph.values())
 
 
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=NAMES)
+def test_every_template_has_its_own_note(workflow):
+    notes = [node["widgets_values"] for node in template(workflow.name)["nodes"] if node["type"] == "MarkdownNote"]
+    assert notes == [[workflow.note]]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nodes_name_their_packs_and_models(name):
     for node in template(name)["nodes"]:
@@ -57,9 +63,13 @@ def test_nodes_name_their_packs_and_models(name):
         assert node["properties"]["ver"].count(".") == 2
         if node["type"] == "LanceNativeLoader":
             models = node["properties"]["models"]
-            assert {model["name"] for model in models} <= set(node["widgets_values"])
-            assert len(models) == 2
-            assert all(model["url"].startswith("https://huggingface.co/") for model in models)
+            assert [model["name"] for model in models] == [value for value in node["widgets_values"] if "." in value]
+            assert {model["directory"] for model in models} <= {"diffusion_models", "text_encoders", "vae"}
+            for model in models:
+                assert model["url"].startswith("https://huggingface.co/")
+                # Other systems write folders otherwise, and ComfyUI's Desktop downloads nothing but safetensors.
+                assert "/" not in model["name"]
+                assert model["url"].endswith(".safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 from graphs import Graph, node
 
 IMAGE_MODEL, VIDEO_MODEL, VAE = "Lance_3B.safetensors", "Lance_3B_Video.safetensors", "wan2.2_vae.safetensors"
+VIT = "qwen2.5_vl_vit.safetensors"  # named where the image checkpoint looks at pictures, so that the page can offer it
 FOX = (
     "A red fox sits in deep snow at the edge of a pine forest, looking at the camera. Soft morning light from the left, "
     "breath visible in the cold air, close-up, shallow depth of field."
@@ -39,8 +40,8 @@ class Workflow:
         return {key: value for column in self.columns for key, value in column.items()}
 
 
-def load(model: str = IMAGE_MODEL) -> Graph:
-    settings = {"vit_name": "auto", "vae_name": VAE, "variant": "auto", "weight_type": "default"}
+def load(model: str = IMAGE_MODEL, vit: str = "auto") -> Graph:
+    settings = {"vit_name": vit, "vae_name": VAE, "variant": "auto", "weight_type": "default"}
     return {"load": node("LanceNativeLoader", model_name=model, **settings)}
 
 
@@ -198,7 +199,7 @@ WORKFLOWS = (
         "Edit an Image",
         "Say the change as an instruction. The result is as large as the trained size nearest to the picture's shape.",
         (
-            {**load(), **picture()},
+            {**load(vit=VIT), **picture()},
             {"edit": edit(image_0=["picture", 0])},
             {"sample": sampler("Make it a cold winter evening with falling snow.", ["edit", 1], ["edit", 0])},
             {**decoded(), "save": save_image()},
@@ -218,7 +219,7 @@ WORKFLOWS = (
         "Multi-turn Edit",
         "The result of one edit is the source of the next. Decode in between: nothing is lost to a file.",
         (
-            {**load(), **picture()},
+            {**load(vit=VIT), **picture()},
             {
                 "edit": edit(image_0=["picture", 0]),
                 "sample": sampler("Make it a cold winter evening.", ["edit", 1], ["edit", 0]),
@@ -232,7 +233,7 @@ WORKFLOWS = (
         "Subject in a New Scene",
         "The subject is kept, the scene is the prompt's.",
         (
-            {**load(), **picture(), "empty": empty()},
+            {**load(vit=VIT), **picture(), "empty": empty()},
             {"subject": subject(image_0=["picture", 0])},
             {"sample": sampler("The subject stands on a sunny beach, wide shot.", ["empty", 0], ["subject", 0])},
             {**decoded(), "save": save_image()},
@@ -252,7 +253,7 @@ WORKFLOWS = (
         "Two Subjects",
         "Say in the prompt which is where. More than two tend to melt into one.",
         (
-            {**load(), **picture("first"), **picture("second")},
+            {**load(vit=VIT), **picture("first"), **picture("second")},
             {"empty": empty(), "subject": subject(image_0=["first", 0], image_1=["second", 0])},
             {"sample": sampler("The two subjects sit side by side on a bench.", ["empty", 0], ["subject", 0])},
             {**decoded(), "save": save_image()},
@@ -261,7 +262,7 @@ WORKFLOWS = (
     Workflow(
         "Ask about an Image",
         "The answer appears in the node while it is written. Without a question, Lance describes what it sees.",
-        ({**load(), **picture()}, {"ask": ask("What is happening here?", image_0=["picture", 0])}, show()),
+        ({**load(vit=VIT), **picture()}, {"ask": ask("What is happening here?", image_0=["picture", 0])}, show()),
     ),
     Workflow(
         "Ask about a Video",
@@ -271,13 +272,13 @@ WORKFLOWS = (
     Workflow(
         "Read Text",
         "Lance reads signs, labels and pages.",
-        ({**load(), **picture()}, {"ask": ask("Read all the text in the image.", image_0=["picture", 0])}, show()),
+        ({**load(vit=VIT), **picture()}, {"ask": ask("Read all the text in the image.", image_0=["picture", 0])}, show()),
     ),
     Workflow(
         "Find Things and Replace Them",
         "Lance names a box, the box becomes a mask, and only what is under the mask is drawn again.",
         (
-            {**load(), **picture()},
+            {**load(vit=VIT), **picture()},
             {
                 "ask": ask("Locate the main object, and output its bbox coordinates in JSON format.", image_0=["picture", 0]),
                 "encode": node("LanceNativeVAEEncode", vae=["load", 2], source=["picture", 0], resolution="auto", fps=24.0),
@@ -293,7 +294,7 @@ WORKFLOWS = (
         "Reason over Two Images",
         "Any number of pictures can be asked about together.",
         (
-            {**load(), **picture("first"), **picture("second")},
+            {**load(vit=VIT), **picture("first"), **picture("second")},
             {"ask": ask("What differs between the two images?", image_0=["first", 0], image_1=["second", 0])},
             show(),
         ),
@@ -302,7 +303,7 @@ WORKFLOWS = (
         "Caption, then Redraw",
         "Lance describes a picture and draws it anew from the words alone.",
         (
-            {**load(), **picture(), "empty": empty()},
+            {**load(vit=VIT), **picture(), "empty": empty()},
             {"ask": ask("", image_0=["picture", 0])},
             {"sample": sampler(["ask", 0], ["empty", 0]), **show()},
             {**decoded(), "save": save_image()},

@@ -1,0 +1,33 @@
+"""The names of Lance's files in combos: the hub's tree under the flat names that workflows use."""
+
+import folder_paths
+
+# A flat name is the same on every system (Windows lists "Lance_3B\\model.safetensors", and a graph from elsewhere does not
+# match), and ComfyUI's dialog for missing models can save under it. Each stands for the hub's file where that is there.
+HUB_TREE = {
+    "diffusion_models": {
+        "Lance_3B.safetensors": "Lance_3B/model.safetensors",
+        "Lance_3B_Video.safetensors": "Lance_3B_Video/model.safetensors",
+    },
+    "text_encoders": {"qwen2.5_vl_vit.safetensors": "Qwen2.5-VL-ViT/vit.safetensors"},
+    "vae": {"wan2.2_vae.safetensors": "Wan2.2_VAE.pth"},
+}
+
+
+def model_files(folder: str) -> list[str]:
+    """What ComfyUI lists in a folder, and before it the workflows' names of files of the hub's tree."""
+    names = folder_paths.get_filename_list(folder)
+    return [*(name for name in HUB_TREE[folder] if name not in names and _in_tree(folder, name)), *names]
+
+
+def model_path(folder: str, name: str) -> str:
+    """The file that a combo's value stands for; a file of just that name wins over the hub's tree."""
+    there = name in folder_paths.get_filename_list(folder)
+    return folder_paths.get_full_path_or_raise(folder, name if there else _in_tree(folder, name) or name)
+
+
+def _in_tree(folder: str, name: str) -> str | None:
+    """ComfyUI's name of the hub's file, which may lie some folders deeper (models/diffusion_models/Lance/Lance_3B/...)."""
+    place = HUB_TREE[folder].get(name)
+    listed = folder_paths.get_filename_list(folder) if place else ()
+    return next((found for found in listed if f"/{found}".replace("\\", "/").endswith(f"/{place}")), None)
