@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from .guidance import Guidance
 
 if TYPE_CHECKING:
+    from .files import NANO
     from .pipeline import LancePipeline, Output
 
-__all__ = ["Guidance", "LancePipeline", "Output"]
+__all__ = ["NANO", "Guidance", "LancePipeline", "Output"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from . import pipeline
 
         return getattr(pipeline, name)
+    if name == "NANO":
+        from .files import NANO
+
+        return NANO
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

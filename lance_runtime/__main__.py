@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from .files import VIT_CHOICES
+from .files import NANO, VIT_CHOICES
 from .guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
 from .media import check_suffix, read_image, read_video, write_image, write_video
 from .memory import OFFLOAD_KINDS
@@ -36,6 +36,7 @@ weights:
   python -m lance_runtime download --to ComfyUI/models          (its own --help says more)
 
 examples:
+  python -m lance_runtime t2i --prompt "a big red star on a pink background" --output star.png
   python -m lance_runtime t2i --model Lance --prompt "A red fox in the snow, close-up" --output fox.png
   python -m lance_runtime image_edit --model Lance --image fox.png --prompt "Make it night." --output night.png
   python -m lance_runtime t2v --model Lance --prompt "A fox runs towards the camera" --frames 49 --output fox.mp4
@@ -89,7 +90,13 @@ def build_download_parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="where the weights are")
+    group.add_argument(
+        "--model",
+        type=Path,
+        default=NANO,
+        metavar="FOLDER",
+        help="where the weights are (default: the built-in Lance Nano, which knows plain shapes and colours only)",
+    )
     group.add_argument("--variant", choices=("image", "video"), help="checkpoint (default: video for tasks with a clip)")
     group.add_argument(
         "--vit", choices=VIT_CHOICES, default="auto", help="vision tower: the checkpoint's own or the separate one"
@@ -112,7 +119,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("drawing")
-    group.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: 768, clips 480)")
+    group.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: what the model was trained on, 768, clips 480)")
     group.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: 768, clips 848)")
     group.add_argument("--frames", type=int, help="frames of a clip, 4k+1 (default: 49; trained up to 121)")
     group.add_argument("--resolution", choices=presets(), help="size class of sources (default: image_768res, video_480p)")

@@ -16,6 +16,8 @@ VARIANT_FOLDERS = {"image": "Lance_3B", "video": "Lance_3B_Video"}
 MODEL_NAMES = ("model.safetensors", "ema.safetensors")
 VIT_FOLDER, VIT_NAME = "Qwen2.5-VL-ViT", "vit.safetensors"
 VAE_NAMES = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "wan2.2_vae.safetensors")
+# A small Lance that comes with the code: it knows plain shapes and colours (tests/nano).
+NANO = Path(__file__).with_name("nano")
 VIT_CHOICES = ("auto", "checkpoint", "standalone")
 # ComfyUI's own folders under models/: the hub's tree lies in them part by part.
 MODEL_HOME, VIT_HOME, VAE_HOME = "diffusion_models", "text_encoders", "vae"

@@ -5,7 +5,8 @@ import logging
 from ..lance_runtime.checkpoint import TensorFile, guess_variant
 from .clip import make_clip
 from .model import WEIGHT_TYPES, load_model
-from .model_files import model_files, model_path
+from .model_files import NANO_CHOICE, model_files, model_path
+from .pictures import mark_sizes
 from .schema import CATEGORY, io
 from .tokenizers import find_tokenizer
 from .vae import load_vae
@@ -30,7 +31,8 @@ class LanceNativeLoader(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=model_files("diffusion_models"),
-                    tooltip="The Lance checkpoint (models/diffusion_models): Lance_3B for images, Lance_3B_Video for videos.",
+                    tooltip="The Lance checkpoint (models/diffusion_models): Lance_3B for images, Lance_3B_Video for videos. "
+                    "Lance Nano is a tiny one that knows plain shapes and colours: it needs no other file.",
                 ),
                 io.Combo.Input(
                     "vit_name",
@@ -67,7 +69,19 @@ class LanceNativeLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model_name: str, vit_name: str, vae_name: str) -> bool | str:
+        """As ComfyUI checks combos; but Nano brings its own vision tower and VAE, whatever a workflow names."""
+        if model_name == NANO_CHOICE:
+            return True
+        for folder, name in (("diffusion_models", model_name), ("text_encoders", vit_name), ("vae", vae_name)):
+            if name != AUTO_VIT and name not in (known := model_files(folder)):
+                return f"{name!r} is none of the {len(known)} files in models/{folder}: put it there, or choose another."
+        return True
+
+    @classmethod
     def execute(cls, model_name: str, vit_name: str, vae_name: str, variant: str, weight_type: str) -> io.NodeOutput:
+        if model_name == NANO_CHOICE:
+            vit_name, vae_name = AUTO_VIT, NANO_CHOICE
         path = model_path("diffusion_models", model_name)
         vae_path = model_path("vae", vae_name)
         file = TensorFile(path)
@@ -75,7 +89,8 @@ class LanceNativeLoader(io.ComfyNode):
         patcher = load_model(path, tokenizer, weight_type)
         patcher.model.variant = _variant(file, variant)
         tower = VisionTower(path, vit_name, patcher.model.get_dtype_inference())
-        return io.NodeOutput(patcher, make_clip(patcher, tower), load_vae(vae_path))
+        vae = mark_sizes(load_vae(vae_path), patcher.model.sizes)
+        return io.NodeOutput(patcher, make_clip(patcher, tower), vae)
 
 
 def _variant(file: TensorFile, asked: str) -> str | None:

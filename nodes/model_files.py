@@ -1,6 +1,15 @@
-"""The names of Lance's files in combos: the hub's tree under the flat names that workflows use."""
+"""The names of Lance's files in combos: the hub's tree under the flat names that workflows use, and the built-in Nano."""
 
 import folder_paths
+
+from ..lance_runtime.files import NANO, VAE_NAMES, VARIANT_FOLDERS
+
+# Last in the combos: whoever has weights of the real size gets those by default.
+NANO_CHOICE = "Lance Nano (built in)"
+NANO_FILES = {
+    "diffusion_models": NANO / VARIANT_FOLDERS["image"] / "model.safetensors",
+    "vae": NANO / VAE_NAMES[1],
+}
 
 # A flat name is the same on every system (Windows lists "Lance_3B\\model.safetensors", and a graph from elsewhere does not
 # match), and ComfyUI's dialog for missing models can save under it. Each stands for the hub's file where that is there.
@@ -15,13 +24,16 @@ HUB_TREE = {
 
 
 def model_files(folder: str) -> list[str]:
-    """What ComfyUI lists in a folder, and before it the workflows' names of files of the hub's tree."""
+    """What ComfyUI lists in a folder, and before it the workflows' names of files of the hub's tree; Nano is the last."""
     names = folder_paths.get_filename_list(folder)
-    return [*(name for name in HUB_TREE[folder] if name not in names and _in_tree(folder, name)), *names]
+    tree = [name for name in HUB_TREE[folder] if name not in names and _in_tree(folder, name)]
+    return [*tree, *names, *([NANO_CHOICE] if folder in NANO_FILES else [])]
 
 
 def model_path(folder: str, name: str) -> str:
     """The file that a combo's value stands for; a file of just that name wins over the hub's tree."""
+    if name == NANO_CHOICE:
+        return str(NANO_FILES[folder])
     there = name in folder_paths.get_filename_list(folder)
     return folder_paths.get_full_path_or_raise(folder, name if there else _in_tree(folder, name) or name)
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..lance_runtime.checkpoint import TensorFile, has_own_vit, identify, vit_tensors
 from ..lance_runtime.components import assign
 from ..lance_runtime.context import Segment
-from ..lance_runtime.files import VIT_FOLDER, read_vision_config
+from ..lance_runtime.files import VIT_FOLDER, VIT_NAME, read_vision_config
 from ..lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
 from ..lance_runtime.preprocess import vit_patches
 from ..lance_runtime.types import LatentShape
@@ -35,7 +35,7 @@ class _Tower(nn.Module):
 class VisionTower:
     """Finds, loads and runs the ViT when the first picture is to be read.
 
-    name: a file of models/text_encoders; "auto" is the checkpoint's own, or the first vision tower found there.
+    name: a file of models/text_encoders; "auto" is the checkpoint's own, that of its tree, or the first found there.
     """
 
     def __init__(self, model_path: str, name: str, dtype: torch.dtype) -> None:
@@ -77,7 +77,8 @@ class VisionTower:
         if self.name != AUTO:
             return TensorFile(model_path(FOLDER, self.name))
         model = TensorFile(self.model_path)
-        found = model if has_own_vit(model) else next(_towers(), None)
+        beside = model.path.parent.parent / VIT_FOLDER / VIT_NAME
+        found = model if has_own_vit(model) else TensorFile(beside) if beside.is_file() else next(_towers(), None)
         if found is None:
             raise FileNotFoundError(
                 f"Lance needs its vision tower to read pictures: 0 of {len(folder_paths.get_filename_list(FOLDER))} files in "

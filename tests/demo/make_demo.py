@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from lance_runtime import LancePipeline  # noqa: E402
+from lance_runtime import NANO, LancePipeline  # noqa: E402
 from lance_runtime.media import write_video  # noqa: E402
 
-NANO, DEMO = Path("lance_runtime/nano"), Path("demo")
+DEMO = Path("demo")
 PROMPTS = (
     "a big red star on a pink background",
     "a green circle to the left of a yellow square on a black background",
@@ -112,7 +112,8 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Card]]]) -> Image.Image:
         left, top = GAP, top + LINE * 2
         for card in cards:
             for index, frame in enumerate(card.pictures):
-                sheet.paste(Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left + index * (SIDE + 4), top))
+                scaled = Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+                sheet.paste(scaled, (left + index * (SIDE + 4), top))
             columns = card_width(card) // 8
             words = "\n".join(textwrap.fill(line, columns) for line in card.words.splitlines())
             draw.multiline_text((left, top + SIDE + 6), words, fill="#333333", font=font)
