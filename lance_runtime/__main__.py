@@ -119,8 +119,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("drawing")
-    group.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: what the model was trained on, 768, clips 480)")
-    group.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: 768, clips 848)")
+    group.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: as trained: 768, clips 480)")
+    group.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: as trained: 768, clips 848)")
     group.add_argument("--frames", type=int, help="frames of a clip, 4k+1 (default: 49; trained up to 121)")
     group.add_argument("--resolution", choices=presets(), help="size class of sources (default: image_768res, video_480p)")
     group.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")

@@ -1,0 +1,280 @@
+"""The built-in Nano in the real ComfyUI: what comes out of the graph is what was asked for, told from its pixels."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from comfy_server import ComfyServer
+from graphs import Graph, node
+from nano.evaluate import right_motion
+from nano.score import same_scene, same_things, seen
+from nano.tasks import Example, frames
+from nano.words import caption
+from nano.world import CORNERS, PAIRS, PLACES, SHAPES, Clip, Scene, Thing, draw_scene, render
+from PIL import Image
+from workflow_definitions import ask, edit, sampler, subject, video_start
+
+pytestmark = pytest.mark.comfy
+NANO = "Lance Nano (built in)"
+BIG_STAR = Scene((Thing("star", "red", 21, *PLACES["middle"]),), "pink")
+PROMPT = "a big red star in the middle on a pink background"
+PAIR = Scene((Thing("square", "green", 16, *PAIRS[0][0]), Thing("circle", "blue", 16, *PAIRS[0][1])), "white")
+
+THREE = Scene(tuple(Thing("triangle", "yellow").at(corner) for corner in CORNERS), "black")
+
+
+def load(weight_type: str = "default", **others: str) -> dict[str, Any]:
+    """Nano, though a workflow names other files (which are not there)."""
+    names = {"vit_name": "auto", "vae_name": "wan2.2_vae.safetensors", **others}
+    return node("LanceNativeLoader", model_name=NANO, variant="auto", weight_type=weight_type, **names)
+
+
+def empty(size: str = "image 1:1", frames: int = 1) -> dict[str, Any]:
+    """A size of the big model: Nano draws its own."""
+    sizes = {"size": size, "width": 768, "height": 768, "frames": frames, "seconds": 0.0, "batch_size": 1}
+    return node("LanceNativeEmptyLatent", **sizes, model=["load", 0])
+
+
+def decoded(samples: str = "sample") -> Graph:
+    return {
+        "decode": node("VAEDecode", samples=[samples, 0], vae=["load", 2]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="nano"),
+    }
+
+
+def draw(prompt: str, latent: list, context: list | None = None, **settings: Any) -> dict[str, Any]:
+    return sampler(prompt, latent, context, seed=3, **settings)
+
+
+def pictures(server: ComfyServer, graph: Graph) -> np.ndarray:
+    """Every frame that the graph saved, uint8 (T, H, W, 3)."""
+    paths = server.run(graph).paths("save")
+    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+
+
+@pytest.fixture(scope="module")
+def server(comfy_server, tmp_path_factory):
+    """ComfyUI with pictures of the world among its inputs."""
+    folder = tmp_path_factory.mktemp("world")
+    for name, scene in (("star", BIG_STAR), ("pair", PAIR)):
+        Image.fromarray(render(scene)).save(folder / f"nano_{name}.png")
+    clip = [Image.fromarray(frame) for frame in frames(Clip(Thing("circle", "red"), "gray", "right"))]
+    clip[0].save(folder / "nano_clip.png", save_all=True, append_images=clip[1:])
+    for path in folder.iterdir():
+        comfy_server.upload_image(path)
+    return comfy_server
+
+
+def test_the_classic_graph(server):
+    settings = {"seed": 1, "steps": 25, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    graph = {
+        "load": load(),
+        "positive": node("CLIPTextEncode", clip=["load", 1], text=PROMPT),
+        "negative": node("CLIPTextEncode", clip=["load", 1], text=""),
+        "empty": node("EmptyLatentImage", width=96, height=96, batch_size=1),
+        "sample": node(
+            "KSampler",
+            model=["load", 0],
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent_image=["empty", 0],
+            **settings,
+        ),
+        **decoded(),
+    }
+    assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "scene"),
+    [
+        (PROMPT, BIG_STAR),
+        ("a green square to the left of a blue circle on a white background", PAIR),
+        ("白色背景上，绿色正方形在蓝色圆形的左边", PAIR),
+        ("three yellow triangles on a black background", THREE),
+    ],
+)
+def test_text_to_image(server, prompt, scene):
+    made = pictures(server, {"load": load(), "empty": empty(), "sample": draw(prompt, ["empty", 0]), **decoded()})
+    assert made.shape == (1, 96, 96, 3)
+    assert same_things(seen(made[0]), scene)
+
+
+@pytest.mark.parametrize(
+    ("picture", "change", "scene"),
+    [
+        ("star", "make the star blue", Scene((Thing("star", "blue", 21, *PLACES["middle"]),), "pink")),
+        ("pair", "remove the circle", Scene(PAIR.things[:1], "white")),
+        ("pair", "make the square purple", Scene((Thing("square", "purple", 16, *PAIRS[0][0]), PAIR.things[1]), "white")),
+    ],
+)
+def test_edit(server, picture, change, scene):
+    graph = {
+        "load": load(),
+        "picture": node("LoadImage", image=f"nano_{picture}.png"),
+        "edit": edit(image_0=["picture", 0]),
+        "sample": draw(change, ["edit", 1], ["edit", 0]),
+        **decoded(),
+    }
+    assert same_scene(seen(pictures(server, graph)[0]), scene)
+
+
+@pytest.mark.parametrize(
+    ("picture", "question", "answer"),
+    [
+        ("star", "What color is the star?", "red"),
+        ("pair", "How many shapes are there?", "two"),
+        ("pair", "Which shape is green?", "square"),
+        ("pair", "Is the circle on the left or on the right?", "right"),
+        ("star", "背景是什么样的？", "粉色"),
+    ],
+)
+def test_question(server, picture, question, answer):
+    graph = {
+        "load": load(),
+        "picture": node("LoadImage", image=f"nano_{picture}.png"),
+        "ask": ask(question, image_0=["picture", 0]),
+        "show": node("PreviewAny", source=["ask", 0]),
+    }
+    assert server.run(graph).outputs["ask"]["text"] == [answer]
+
+
+def test_question_about_a_clip(server):
+    graph = {
+        "load": load(),
+        "frames": node("LoadImage", image="nano_clip.png"),
+        "clip": node("CreateVideo", images=["frames", 0], fps=12.0),
+        "ask": ask("What does the circle do?", video=["clip", 0]),
+        "show": node("PreviewAny", source=["ask", 0]),
+    }
+    assert server.run(graph).outputs["ask"]["text"] == ["It moves to the right."]
+
+
+def test_text_to_video(server):
+    prompt = "a red circle moves to the right on a gray background"
+    graph = {"load": load(), "empty": empty("480p 16:9", 49), "sample": draw(prompt, ["empty", 0]), **decoded()}
+    made = pictures(server, graph)
+    assert made.shape == (9, 96, 96, 3)
+    assert right_motion(made, Example("t2v", prompt, Clip(Thing("circle", "red"), "gray", "right")))
+
+
+def test_image_to_video_keeps_its_first_frame(server):
+    graph = {
+        "load": load(),
+        "picture": node("LoadImage", image="nano_star.png"),
+        "empty": empty("480p 1:1", 49),
+        "start": video_start(first=["picture", 0]),
+        "sample": draw("the star shrinks", ["start", 0]),
+        **decoded(),
+    }
+    assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
+
+
+def test_subject(server):
+    graph = {
+        "load": load(),
+        "picture": node("LoadImage", image="nano_star.png"),
+        "empty": empty(),
+        "subject": subject(image_0=["picture", 0]),
+        "sample": draw("this shape, small, on the left on a black background", ["empty", 0], ["subject", 0]),
+        **decoded(),
+    }
+    assert same_things(seen(pictures(server, graph)[0]), BIG_STAR)
+
+
+def test_sizes_are_said_and_beyond_the_trained_ones_warned_of(server):
+    graph = {"load": load(), "empty": empty(), "sample": draw(PROMPT, ["empty", 0], steps=1), **decoded()}
+    assert server.run(graph).outputs["empty"]["text"] == ["96 x 96, 1 picture, 36 tokens"]
+    graph["empty"]["inputs"].update(size="custom", width=192, height=96)
+    note = server.run(graph).outputs["empty"]["text"][0]
+    assert "192 x 96" in note
+    assert "Nothing beyond 96 x 96 pixels was trained" in note
+
+
+@pytest.mark.parametrize("weight_type", ["bfloat16", "float32", "fp8_e4m3fn"])
+def test_smaller_weights_draw_the_same_thing(server, weight_type):
+    graph = {"load": load(weight_type), "empty": empty(), "sample": draw(PROMPT, ["empty", 0]), **decoded()}
+    assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
+
+
+def test_a_saved_model_draws_the_same_thing(server):
+    save = {"save": node("ModelSave", model=["load", 0], filename_prefix="diffusion_models/nano")}
+    server.run({"load": load(), **save})
+    graph = {"load": load(), "empty": empty(), "sample": draw(PROMPT, ["empty", 0]), **decoded()}
+    graph["saved"] = node(
+        "LanceNativeLoader",
+        model_name="nano_00001_.safetensors",
+        vit_name="auto",
+        vae_name=NANO,
+        variant="image",
+        weight_type="default",
+    )
+    graph["sample"]["inputs"].update(model=["saved", 0])
+    assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
+
+
+NEW_NAME, ITS_COLOUR = "azure", "blue"  # a word that Nano has never read
+LESSONS, LESSON_STEPS, MOST_SECONDS = 24, 160, 120
+WHERE = (("in the middle", "white"), ("on the left", "gray"))
+GUIDANCE = {"interval_start": 0.4, "interval_end": 1.0, "renorm": "global", "renorm_min": 0.0}
+
+
+@pytest.fixture(scope="module")
+def lessons(server):
+    """Pictures of blue things among ComfyUI's inputs, whose captions call them by the new name."""
+    folder = server.base / "input" / "azure"
+    folder.mkdir(parents=True)
+    rng = random.Random(4)
+    for index in range(LESSONS):
+        scene = draw_scene(rng, 1)
+        scene = replace(scene, things=(replace(scene.things[0], colour=ITS_COLOUR),))
+        Image.fromarray(render(scene)).save(folder / f"{index:02}.png")
+        (folder / f"{index:02}.txt").write_text(caption(scene).replace(ITS_COLOUR, NEW_NAME), "utf-8")
+    return "azure"
+
+
+def azure(server, model: Graph) -> int:
+    """How many of eight azure things come out blue; model: a graph whose node "model" is the MODEL."""
+    prompts = [f"a big {NEW_NAME} {shape} {place} on a {back} background" for shape in SHAPES for place, back in WHERE]
+    right = 0
+    for seed, prompt in enumerate(prompts):
+        sample = draw(prompt, ["empty", 0], model=["model", 0])
+        sample["inputs"]["seed"] = seed
+        made = pictures(server, {"load": load(), "empty": empty(), **model, "sample": sample, **decoded()})
+        things = seen(made[0]).things
+        right += len(things) == 1 and things[0].colour == ITS_COLOUR
+    return right
+
+
+def test_a_lora_teaches_a_new_colour_name(server, lessons):
+    fixed = {"grad_accumulation_steps": 1, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False}
+    numbers = {"batch_size": 4, "steps": LESSON_STEPS, "learning_rate": 0.005, "rank": 8, "seed": 1, "checkpoint_depth": 1}
+    types = {"training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA"}
+    how = {"optimizer": "AdamW", "loss_function": "MSE", "gradient_checkpointing": False, "offloading": False}
+    graph = {
+        "load": load(),
+        "folder": node("LoadImageTextDataSetFromFolder", folder=lessons),
+        "data": node("MakeTrainingDataset", images=["folder", 0], vae=["load", 2], clip=["load", 1], texts=["folder", 1]),
+        "train": node(
+            "TrainLoraNode",
+            model=["load", 0],
+            latents=["data", 0],
+            positive=["data", 1],
+            **fixed, **numbers, **types, **how,
+        ),
+        "keep": node("SaveLoRA", lora=["train", 0], prefix="loras/azure", steps=["train", 2]),
+    }  # fmt: skip
+    started = time.monotonic()
+    server.run(graph)
+    assert time.monotonic() - started < MOST_SECONDS
+    plain = {"model": node("LanceNativeGuidance", model=["load", 0], **GUIDANCE)}
+    lora = node("LoraLoaderModelOnly", model=["load", 0], lora_name=f"azure_{LESSON_STEPS}_steps_00001_.safetensors")
+    lora["inputs"]["strength_model"] = 1.0
+    before, after = azure(server, plain), azure(server, {"model": lora})
+    assert after >= 7, (before, after)
+    assert before <= 4, (before, after)
