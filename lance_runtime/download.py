@@ -109,14 +109,15 @@ class Hub:
         library = _huggingface_hub()
         url = library.hf_hub_url(REPOSITORY, file.name, revision=self.commit, endpoint=self.endpoint)
         headers = {**library.utils.build_hf_headers(), "Accept-Encoding": "identity"}
-        begun = _fetched(part)
-        try:
-            with part.open("ab") as stream:
-                library.file_download.http_get(
-                    url, stream, resume_size=begun, headers=headers, expected_size=file.size, displayed_filename=file.name
-                )
-        except Exception as error:
-            _unreachable(error)
+        while (begun := _fetched(part)) < file.size:
+            try:
+                with part.open("ab") as stream:
+                    library.file_download.http_get(
+                        url, stream, resume_size=begun, headers=headers, expected_size=file.size, displayed_filename=file.name
+                    )
+            except Exception as error:
+                if _fetched(part) <= begun:  # a connection that brought something before it broke is worth another
+                    _unreachable(error)
 
 
 def make_plan(models: Path, variant: str, hub: Hub) -> Plan:
@@ -164,8 +165,7 @@ def readable(size: int) -> str:
 def _obtain(file: HubFile, models: Path, hub: Hub, say: Say) -> None:
     target, part = file.target(models), file.part(models)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if _fetched(part) < file.size:
-        hub.fetch(file, part)
+    hub.fetch(file, part)
     say(f"checking {file.name}")
     found = file.hash_of(part)
     if found != file.digest:

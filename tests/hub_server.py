@@ -106,9 +106,9 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self, name: str, asked: str | None, begin: int, whole: bytes) -> None:
         stall, cut = self.hub.stall_after.pop(name, None), self.hub.cut_after.pop(name, None)
         end = min(end for end in (stall, cut, len(whole)) if end is not None)
+        self.hub.sent.append(Sent(name, asked, end - begin))  # before the client can have all of it and go on
         self.wfile.write(whole[begin:end])
         self.wfile.flush()
-        self.hub.sent.append(Sent(name, asked, end - begin))
         if stall is not None:
             self.hub.released.wait(60)
         if end < len(whole):
