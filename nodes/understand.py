@@ -81,9 +81,9 @@ class LanceNativeAsk(io.ComfyNode):
                 *sampling_inputs(),
             ],
             outputs=[
-                io.String.Output(display_name="answer"),
-                io.BoundingBox.Output(display_name="boxes"),
-                io.Mask.Output(display_name="mask"),
+                io.String.Output(display_name="answer", tooltip="The answer as text."),
+                io.BoundingBox.Output(display_name="boxes", tooltip="The boxes in the answer, in pixels of the last picture."),
+                io.Mask.Output(display_name="mask", tooltip="The same boxes as a mask; empty where there are none."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -153,7 +153,7 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="The picture to change or to begin with."),
                 *sampling_inputs(),
             ],
-            outputs=[io.String.Output(display_name="prompt")],
+            outputs=[io.String.Output(display_name="prompt", tooltip="The long prompt; yours, if nothing readable came back.")],
             hidden=[io.Hidden.unique_id],
         )
 
