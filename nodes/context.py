@@ -177,7 +177,11 @@ class LanceNativeEdit(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
                 io.Vae.Input("vae", tooltip="The VAE of Load Lance."),
                 io.Autogrow.Input("images", template=images, optional=True, tooltip="Several: the last one gives the size."),
-                io.Video.Input("video", optional=True, tooltip="A clip to change: 6 s at most, seen at 12 frames a second."),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip="A clip to change, seen at 12 frames a second; more than 6 s are thinned out.",
+                ),
                 resolution_input(),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Results to draw at once."),
             ],

@@ -75,7 +75,9 @@ class LanceNativeAsk(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
                 io.String.Input("question", multiline=True, dynamic_prompts=True, default="", tooltip="Empty: a description."),
                 io.Autogrow.Input("images", template=images, optional=True, tooltip="One or more pictures."),
-                io.Video.Input("video", optional=True, tooltip="A clip: 6 s at most are seen, at 12 frames a second."),
+                io.Video.Input(
+                    "video", optional=True, tooltip="A clip, seen at 12 frames a second; more than 6 s are thinned out."
+                ),
                 LanceContext.Input("context", optional=True, tooltip="Instead of pictures: a context of your own."),
                 resolution_input(),
                 *sampling_inputs(),
