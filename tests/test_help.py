@@ -20,6 +20,7 @@ HEADINGS = {"en": ["Inputs", "Outputs", "Tips", "What can go wrong"], "zh": ["\u
 NODES = sorted(read("en"))
 PAGES = [(node, language) for node in NODES for language in ("en", "zh")]
 PICTURES_TOGETHER, PICTURE_WIDTH = 1_200_000, 900
+DEFAULT = "(?:default|\u9ed8\u8ba4) "
 LEAST_OF_A_MESSAGE = 12
 SHOWN = ("LanceNativeAsk", "LanceNativeLoader", "LanceNativeSampler")
 CHOICES = ("as is",)  # of a combo, with a blank in it
@@ -36,14 +37,10 @@ def sections(node, language):
     return {"": head, **dict(zip(rest[::2], rest[1::2]))}
 
 
-def rows(text):
-    """The cells of a section's table, without its head."""
-    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def table(node, language, index):
-    return rows(list(sections(node, language).values())[index])
+def entries(node, language, index):
+    """The entries of a section's list: the bold head of each, and what follows it."""
+    lines = list(sections(node, language).values())[index].splitlines()
+    return [re.fullmatch(r"- \*\*(.+?)\*\*(?:: |\uff1a|<br>)(.+)", line).groups() for line in lines if line]
 
 
 def quoted(cell):
@@ -78,16 +75,16 @@ def test_page_has_all_its_parts(node, language):
     assert list(parts)[1 : 1 + len(HEADINGS[language])] == HEADINGS[language]
     assert len(parts) == 5
     assert list(parts.values())[3].count("\n- ") >= 1
-    assert len(table(node, language, 4)) >= 2
-    assert [row for index in (1, 2, 4) for row in table(node, language, index) if not all(row)] == []
+    assert len(entries(node, language, 4)) >= 2
+    assert min(len(text) for index in (1, 2, 4) for _, text in entries(node, language, index)) >= 5
 
 
 @every_page
 def test_page_names_every_input_and_output_as_shown(node, language):
     texts = read(language)[node]
-    shown = [quoted(row[0])[0] for row in table(node, language, 1)]
+    shown = [quoted(name)[0] for name, _ in entries(node, language, 1)]
     assert sorted(shown) == sorted(value["name"] for value in texts["inputs"].values())
-    listed = table(node, language, 2)
+    listed = entries(node, language, 2)
     assert len(listed) == len(texts["outputs"])
     for value, (name, _) in zip(texts["outputs"].values(), listed):
         assert value.get("name", name.strip("`")) == quoted(name)[0] or name.endswith("`\uff09")
@@ -95,7 +92,7 @@ def test_page_names_every_input_and_output_as_shown(node, language):
 
 @every_page
 def test_errors_are_quoted_as_the_code_says_them(node, language):
-    symptoms = [quoted(symptom) for symptom, _ in table(node, language, 4)]
+    symptoms = [quoted(symptom) for symptom, _ in entries(node, language, 4)]
     errors = [quote for quotes in symptoms for quote in quotes if " " in quote]
     unknown = [error for error in errors if not any(message.fullmatch(error) for message in messages())]
     assert [error for error in unknown if error not in CHOICES] == []
@@ -112,35 +109,34 @@ def schemas(comfy_server):
     return {name: schema for name, schema in comfy_server.object_info().items() if name.startswith("LanceNative")}
 
 
-def values_of(name, kind, options):
-    """What a page must say about an input's values: limits, default and, of short lists, every choice."""
+def facts(name, kind, options=None):
+    """Patterns of what a page must say about an input's values: limits, default and, of short lists, every choice."""
     if kind in ("INT", "FLOAT"):
         limits = [options["min"], *([options["max"]] if options["max"] < 2**63 else [])]
-        return [f"{value:g}" if kind == "FLOAT" else str(value) for value in (*limits, options["default"])]
+        return [*map(number, limits), DEFAULT + number(options["default"])]
     if kind == "COMBO":
         choices = options["options"] if len(options["options"]) <= 10 and not name.endswith("_name") else []
-        return [f"`{value}`" for value in (*choices, *([options["default"]] if options.get("default") else []))]
+        default = [f"{DEFAULT}`{options['default']}`"] if options.get("default") else []
+        return [*(f"`{choice}`" for choice in choices), *default]
     return []
+
+
+def number(value):
+    return rf"(?<![\d.]){re.escape(f'{value:g}' if isinstance(value, float) else str(value))}(?!\.?\d)"
 
 
 @pytest.mark.comfy
 @every_page
 def test_limits_defaults_and_choices_are_the_schemas(node, language, schemas):
-    texts, schema = read(language)[node]["inputs"], schemas[node]["input"]
-    described = {quoted(row[0])[0]: row[2] for row in table(node, language, 1)}
-    for inputs in schema.values():
+    names = {name: value["name"] for name, value in read(language)[node]["inputs"].items()}
+    described = {quoted(head)[0]: text.split("<br>")[-1] for head, text in entries(node, language, 1)}
+    for inputs in schemas[node]["input"].values():
         for name, (kind, *options) in inputs.items():
-            if name not in texts:
+            if name not in names:
                 continue  # hidden
-            cell = described[texts[name]["name"]]
-            wanted = values_of(name, kind, options[0] if options else {})
-            pattern = r"(?<![\d.]){}(?![\d.]*\d)"
-            missing = [
-                text
-                for text in wanted
-                if not re.search(re.escape(text) if "`" in text else pattern.format(re.escape(text)), cell)
-            ]
-            assert missing == [], f"{node} {name}: {cell}"
+            text = described[names[name]]
+            missing = [fact for fact in facts(name, kind, *options) if not re.search(fact, text, flags=re.IGNORECASE)]
+            assert missing == [], f"{name}: {text}"
 
 
 def test_there_is_nothing_but_pages_and_their_pictures():
