@@ -41,7 +41,7 @@ class LanceNativeViTEncode(io.ComfyNode):
                 resolution_input(),
                 fps_input(),
             ],
-            outputs=[LanceVitTokens.Output(display_name="ViT tokens")],
+            outputs=[LanceVitTokens.Output(display_name="ViT tokens", tooltip="What Lance sees, for a Lance Context.")],
         )
 
     @classmethod
@@ -61,16 +61,16 @@ class LanceNativeVAEEncode(io.ComfyNode):
             description="Encodes a picture or clip at a size that Lance was trained on.",
             search_aliases=["vae encode", "bucket", "lance latents"],
             inputs=[
-                io.Vae.Input("vae"),
+                io.Vae.Input("vae", tooltip="The VAE of Load Lance."),
                 source_input(tooltip="An image, several images in a row as a clip, or a video."),
                 resolution_input(AS_IS),
                 fps_input(),
             ],
             outputs=[
-                io.Latent.Output(),
-                io.Int.Output(display_name="width"),
-                io.Int.Output(display_name="height"),
-                io.Int.Output(display_name="frames"),
+                io.Latent.Output(tooltip="The encoded picture or clip."),
+                io.Int.Output(display_name="width", tooltip="Width in pixels."),
+                io.Int.Output(display_name="height", tooltip="Height in pixels."),
+                io.Int.Output(display_name="frames", tooltip="Number of frames."),
             ],
         )
 
@@ -97,7 +97,7 @@ class LanceNativeContext(io.ComfyNode):
                     "task",
                     options=[*TASKS, OWN_SYSTEM],
                     default="image_edit",
-                    tooltip="Which of the trained system sentences opens the context; 'own' takes the text below.",
+                    tooltip="Which of the trained system sentences opens the context; 'own' takes the one in 'system'.",
                 ),
                 io.Combo.Input(
                     "role",
@@ -116,9 +116,15 @@ class LanceNativeContext(io.ComfyNode):
                     tooltip="Give each picture to Lance ViT Encode and to Lance VAE Encode, and connect both, ViT first.",
                 ),
                 LanceContext.Input("context", optional=True, tooltip="A context to go on with; its system sentence stays."),
-                io.String.Input("system", multiline=True, default="", tooltip="For 'own'.", advanced=True),
+                io.String.Input(
+                    "system", multiline=True, default="", tooltip="The system sentence where task is 'own'.", advanced=True
+                ),
             ],
-            outputs=[LanceContext.Output(display_name="context")],
+            outputs=[
+                LanceContext.Output(
+                    display_name="context", tooltip="For a sampler, for Lance Ask, or for a further Lance Context."
+                )
+            ],
         )
 
     @classmethod
@@ -172,13 +178,20 @@ class LanceNativeEdit(io.ComfyNode):
             search_aliases=["edit image", "edit video", "instruct", "kontext", "image to image"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
-                io.Vae.Input("vae"),
+                io.Vae.Input("vae", tooltip="The VAE of Load Lance."),
                 io.Autogrow.Input("images", template=images, optional=True, tooltip="Several: the last one gives the size."),
-                io.Video.Input("video", optional=True, tooltip="A clip to change: 6 s at most, seen at 12 frames a second."),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip="A clip to change, seen at 12 frames a second; more than 6 s are thinned out.",
+                ),
                 resolution_input(),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Results to draw at once."),
             ],
-            outputs=[LanceContext.Output(display_name="context"), io.Latent.Output(display_name="latent")],
+            outputs=[
+                LanceContext.Output(display_name="context", tooltip="The pictures, for Lance Sampler or Lance Conditioning."),
+                io.Latent.Output(display_name="latent", tooltip="An empty latent as large as the last source."),
+            ],
         )
 
     @classmethod
@@ -209,11 +222,13 @@ class LanceNativeSubject(io.ComfyNode):
             search_aliases=["reference image", "subject", "character", "ip adapter", "identity"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
-                io.Vae.Input("vae"),
+                io.Vae.Input("vae", tooltip="The VAE of Load Lance."),
                 io.Autogrow.Input("images", template=images, tooltip="One picture a subject; many tend to melt into one."),
                 resolution_input(),
             ],
-            outputs=[LanceContext.Output(display_name="context")],
+            outputs=[
+                LanceContext.Output(display_name="context", tooltip="The subjects, for Lance Sampler or Lance Conditioning.")
+            ],
         )
 
     @classmethod

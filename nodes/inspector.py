@@ -47,7 +47,10 @@ class LanceNativeContextInspector(io.ComfyNode):
                 io.String.Input("prompt", multiline=True, default="", tooltip="The prompt to show behind it; may be empty."),
                 io.Latent.Input("latent", optional=True, tooltip="The latent to begin with: shows the target too."),
             ],
-            outputs=[io.Image.Output(display_name="picture"), io.String.Output(display_name="text")],
+            outputs=[
+                io.Image.Output(display_name="picture", tooltip="The sequence as a picture."),
+                io.String.Output(display_name="text", tooltip="The same in words: a line for each segment, then totals."),
+            ],
             is_output_node=True,
         )
 

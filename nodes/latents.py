@@ -59,8 +59,12 @@ class LanceNativeEmptyLatent(io.ComfyNode):
                     default="image 1:1",
                     tooltip="Trained sizes by aspect ratio; 'custom' takes width and height.",
                 ),
-                io.Int.Input("width", default=768, min=16, max=4096, step=16, tooltip="For 'custom'."),
-                io.Int.Input("height", default=768, min=16, max=4096, step=16, tooltip="For 'custom'."),
+                io.Int.Input(
+                    "width", default=768, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16; for 'custom'."
+                ),
+                io.Int.Input(
+                    "height", default=768, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16; for 'custom'."
+                ),
                 io.Int.Input(
                     "frames", default=1, min=1, max=1201, step=4, tooltip="4k+1 at 12 a second; trained up to 121 (10 s)."
                 ),
@@ -82,10 +86,10 @@ class LanceNativeEmptyLatent(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                io.Latent.Output(),
-                io.Int.Output(display_name="width"),
-                io.Int.Output(display_name="height"),
-                io.Int.Output(display_name="frames"),
+                io.Latent.Output(tooltip="The empty latent: for a sampler, or for Lance Video Start."),
+                io.Int.Output(display_name="width", tooltip="Width in pixels."),
+                io.Int.Output(display_name="height", tooltip="Height in pixels."),
+                io.Int.Output(display_name="frames", tooltip="Number of frames."),
             ],
         )
 
@@ -128,7 +132,7 @@ class LanceNativeVideoStart(io.ComfyNode):
             description="A video of which some frames are given: the first, the last, any other, or a clip to go on with.",
             search_aliases=["image to video", "first frame", "last frame", "continue video", "i2v", "flf2v"],
             inputs=[
-                io.Vae.Input("vae"),
+                io.Vae.Input("vae", tooltip="The VAE of Load Lance."),
                 io.Latent.Input("latent", tooltip="The size and length of the video (Empty Lance Latent)."),
                 io.Image.Input("first", optional=True, tooltip="The picture that the video begins with."),
                 io.Image.Input("last", optional=True, tooltip="The picture that it ends with."),
@@ -149,7 +153,7 @@ class LanceNativeVideoStart(io.ComfyNode):
                     "overlap", default=9, min=1, max=121, step=4, tooltip="Frames kept of 'continue_from', 4k+1.", advanced=True
                 ),
             ],
-            outputs=[io.Latent.Output()],
+            outputs=[io.Latent.Output(tooltip="The latent to begin with; its noise mask keeps the given frames.")],
         )
 
     @classmethod

@@ -60,15 +60,21 @@ class LanceNativeLoraLoader(io.ComfyNode):
             description="Loads a LoRA in any naming (ComfyUI, PEFT, bare paths) and says what it could not place.",
             search_aliases=["lora", "peft", "adapter"],
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
+                io.Model.Input("model", tooltip="The MODEL of Load Lance, or of a LoRA loader before this one."),
+                io.Clip.Input("clip", tooltip="The CLIP of Load Lance, or of a LoRA loader before this one."),
                 io.Combo.Input(
                     "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A LoRA for Lance (models/loras)."
                 ),
                 io.Float.Input("strength_model", **strength, tooltip="How much it changes pictures."),
                 io.Float.Input("strength_clip", **strength, tooltip="How much it changes answers."),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.String.Output(display_name="report")],
+            outputs=[
+                io.Model.Output(tooltip="The MODEL with the LoRA."),
+                io.Clip.Output(tooltip="The CLIP with the LoRA."),
+                io.String.Output(
+                    display_name="report", tooltip="How many of the file's tensors found a place, and which did not."
+                ),
+            ],
         )
 
     @classmethod

@@ -130,6 +130,7 @@ def fps_input() -> io.Float.Input:
         min=1.0,
         max=240.0,
         step=0.01,
-        tooltip="Frames per second of several IMAGEs in a row; a VIDEO brings its own. Lance sees 12 a second, 6 s at most.",
+        tooltip="Frames per second of several IMAGEs in a row; a VIDEO brings its own. "
+        "Lance sees 12 a second; more than 6 s are thinned out.",
         advanced=True,
     )

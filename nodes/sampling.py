@@ -48,7 +48,7 @@ class LanceNativeConditioning(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt, behind the pictures."),
                 io.Conditioning.Output(display_name="negative", tooltip="Without the prompt; the pictures stay."),
                 io.Conditioning.Output(
                     display_name="without visuals",
@@ -75,10 +75,10 @@ class LanceNativeGuidance(io.ComfyNode):
             "The scale itself is the sampler's cfg: use 4.",
             search_aliases=["cfg interval", "cfg renorm", "guidance interval", "lance cfg"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The MODEL of Load Lance."),
                 *guidance_inputs(),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The MODEL with this guidance, for any sampler.")],
         )
 
     @classmethod
@@ -163,7 +163,7 @@ class LanceNativeScheduler(io.ComfyNode):
                     tooltip=DENOISE,
                 ),
             ],
-            outputs=[io.Sigmas.Output()],
+            outputs=[io.Sigmas.Output(tooltip="Noise levels that fall to 0, for SamplerCustomAdvanced.")],
         )
 
     @classmethod
@@ -210,7 +210,7 @@ class LanceNativeNoise(io.ComfyNode):
                     "Connect it to repeat the reference's edits.",
                 ),
             ],
-            outputs=[io.Noise.Output()],
+            outputs=[io.Noise.Output(tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
@@ -228,8 +228,8 @@ class LanceNativeSampler(io.ComfyNode):
             description="Draws with the reference's own settings in one node: conditioning, guidance, schedule, noise, steps.",
             search_aliases=["ksampler", "generate", "lance generate", "text to image", "edit image"],
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
+                io.Model.Input("model", tooltip="The MODEL of Load Lance."),
+                io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
                 io.Latent.Input("latent", tooltip="What to begin with: its size, and its frames where it has a noise mask."),
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, default="", tooltip=PROMPT),
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", tooltip=NEGATIVE),
@@ -244,7 +244,7 @@ class LanceNativeSampler(io.ComfyNode):
                     "uncond_positions", options=list(UNCOND_POSITIONS), default="cached", tooltip=POSITIONS, advanced=True
                 ),
             ],
-            outputs=[io.Latent.Output()],
+            outputs=[io.Latent.Output(tooltip="The result, for VAE Decode.")],
         )
 
     @classmethod

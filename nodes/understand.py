@@ -75,15 +75,17 @@ class LanceNativeAsk(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
                 io.String.Input("question", multiline=True, dynamic_prompts=True, default="", tooltip="Empty: a description."),
                 io.Autogrow.Input("images", template=images, optional=True, tooltip="One or more pictures."),
-                io.Video.Input("video", optional=True, tooltip="A clip: 6 s at most are seen, at 12 frames a second."),
+                io.Video.Input(
+                    "video", optional=True, tooltip="A clip, seen at 12 frames a second; more than 6 s are thinned out."
+                ),
                 LanceContext.Input("context", optional=True, tooltip="Instead of pictures: a context of your own."),
                 resolution_input(),
                 *sampling_inputs(),
             ],
             outputs=[
-                io.String.Output(display_name="answer"),
-                io.BoundingBox.Output(display_name="boxes"),
-                io.Mask.Output(display_name="mask"),
+                io.String.Output(display_name="answer", tooltip="The answer as text."),
+                io.BoundingBox.Output(display_name="boxes", tooltip="The boxes in the answer, in pixels of the last picture."),
+                io.Mask.Output(display_name="mask", tooltip="The same boxes as a mask; empty where there are none."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -155,7 +157,7 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="The picture to change or to begin with."),
                 *sampling_inputs(),
             ],
-            outputs=[io.String.Output(display_name="prompt")],
+            outputs=[io.String.Output(display_name="prompt", tooltip="The long prompt; yours, if nothing readable came back.")],
             hidden=[io.Hidden.unique_id],
         )
 
