@@ -6,13 +6,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..lance_runtime.context import Context, Layout, Mode, drawing, layout
+from ..lance_runtime.config import LanceConfig
+from ..lance_runtime.context import Context, Layout, Mode, Split, drawing, layout
 from ..lance_runtime.types import Modality
 from .clip import LanceTextModel, lance_of
 from .pictures import grid_of
-from .schema import CATEGORY, LanceContext, io
+from .schema import CATEGORY, LanceContext, io, ui
 
-WIDTH, MARGIN, STRIP, ROW, GAP, SIDE = 960, 24, 56, 30, 12, 196
+WIDTH, MARGIN, STRIP, ROW, GAP, SIDE = 960, 24, 72, 30, 12, 196
+EXPERT_BAR = 16  # the lower part of the strip: whose tokens these are
+EXPERTS = {True: (70, 120, 200), False: (215, 95, 70)}  # understanding, generation
 COLOURS = {
     Modality.TEMPLATE: (148, 148, 160),
     Modality.PROMPT: (90, 150, 230),
@@ -61,7 +64,8 @@ class LanceNativeContextInspector(io.ComfyNode):
         sequence = layout(drawing(lance.tokenizer, context, prompt), target)
         text = describe(sequence, lance)
         picture = torch.from_numpy(np.asarray(draw(sequence, text))).float().div(255)[None]
-        return io.NodeOutput(picture, text, ui={"text": [text]})
+        shown = ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(picture, text, ui={**shown, "text": [text]})
 
 
 def describe(sequence: Layout, lance: LanceTextModel) -> str:
@@ -69,7 +73,7 @@ def describe(sequence: Layout, lance: LanceTextModel) -> str:
     lines, start = [], 0
     for split in sequence.splits:
         segment = split.segment
-        expert = "understanding" if segment.mode in (Mode.CAUSAL, Mode.FULL) else "generation"
+        expert = "understanding" if _understands(split) else "generation"
         low, high = split.positions.min(dim=1).values.tolist(), split.positions.max(dim=1).values.tolist()
         place = ", ".join(f"{axis} {a}-{b}" for axis, a, b in zip("thw", low, high, strict=True))
         grid = f" {tuple(segment.grid)}" if segment.is_visual else ""
@@ -78,7 +82,26 @@ def describe(sequence: Layout, lance: LanceTextModel) -> str:
         )
         start += len(split)
     prefix = sum(len(split) for split in sequence.prefix)
-    return "\n".join([*lines, f"{start} tokens, {prefix} before the target; cache {cache_megabytes(lance, prefix):.1f} MB"])
+    total = f"{start} tokens, {prefix} before the target; cache {cache_megabytes(lance, prefix):.1f} MB"
+    if prefix < start:
+        cost = step_cost(lance.owner.diffusion_model.config, start - prefix, start) / 1e12
+        total += f"\na step: {cost:.3g} TFLOP, and once more while guidance is on"
+    return "\n".join([*lines, total])
+
+
+def step_cost(config: LanceConfig, drawn: int, seen: int) -> float:
+    """Floating-point operations of one pass over ``drawn`` target tokens that attend to ``seen`` tokens.
+
+    Two a weight and token, and four a pair of tokens and channel of the queries.
+    """
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    weights = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+    return config.num_hidden_layers * (2.0 * weights * drawn + 4.0 * queries * drawn * seen)
+
+
+def _understands(split: Split) -> bool:
+    """Whose tokens these are; the two vision tokens around latents are the understanding expert's all the same."""
+    return split.segment.mode in (Mode.CAUSAL, Mode.FULL)
 
 
 def cache_megabytes(lance: LanceTextModel, tokens: int) -> float:
@@ -95,15 +118,24 @@ def draw(sequence: Layout, text: str) -> Image.Image:
     pen = ImageDraw.Draw(image)
     edges = _edges(sequence, WIDTH - 2 * MARGIN)
     for split, (left, right) in zip(sequence.splits, edges, strict=True):
-        box = (MARGIN + left, MARGIN, MARGIN + max(right - 1, left + 1), MARGIN + STRIP)
-        pen.rectangle(box, fill=COLOURS[split.segment.modality])
+        left, right = MARGIN + left, MARGIN + max(right - 1, left + 1)
+        pen.rectangle((left, MARGIN, right, MARGIN + STRIP - EXPERT_BAR), fill=COLOURS[split.segment.modality])
+        pen.rectangle((left, MARGIN + STRIP - EXPERT_BAR, right, MARGIN + STRIP), fill=EXPERTS[_understands(split)])
+        name = NAMES[split.segment.modality]
+        if pen.textlength(name, font) < right - left - 8:
+            pen.text((left + 4, MARGIN + 4), name, fill=(20, 20, 24), font=font)
     for index, line in enumerate(lines):
         top = MARGIN + STRIP + GAP + ROW * index
         if index < len(sequence.splits):
             pen.rectangle((MARGIN, top + 2, MARGIN + 12, top + 14), fill=COLOURS[sequence.splits[index].segment.modality])
         pen.text((MARGIN + 22, top), line, fill=(226, 226, 232), font=font)
     _draw_matrix(pen, sequence, (MARGIN, below), SIDE)
-    pen.text((MARGIN + SIDE + 22, below), "Who sees whom: each row sees the columns that are filled.", (226, 226, 232), font)
+    aside = MARGIN + SIDE + 22
+    pen.text((aside, below), "Who sees whom: each row sees the columns that are filled.", (226, 226, 232), font)
+    for index, (understands, name) in enumerate(((True, "understanding expert"), (False, "generation expert"))):
+        top = below + ROW * (index + 1)
+        pen.rectangle((aside, top + 2, aside + 12, top + 14), fill=EXPERTS[understands])
+        pen.text((aside + 20, top), name, (226, 226, 232), font)
     return image
 
 

@@ -4,13 +4,13 @@ import math
 from typing import Any
 
 import torch
-from server import PromptServer
 from torch import Tensor
 
 from ..lance_runtime.types import LANCE_3B, TEMPORAL_STRIDE, LatentShape, PixelShape, TrainedSizes
 from ..lance_runtime.visuals import encode_given
 from .model import check_model
 from .pictures import FORMAT, empty_latent, encode, frames_of, grid_of
+from .progress import say
 from .schema import CATEGORY, io
 
 CUSTOM = "custom"
@@ -105,7 +105,7 @@ class LanceNativeEmptyLatent(io.ComfyNode):
             frames = min(frames, sizes.most_frames)
         shape = PixelShape(frames, height, width)
         note = described(shape, sizes)
-        PromptServer.instance.send_progress_text(note, cls.hidden.unique_id)
+        say(cls.hidden.unique_id, note)
         return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames, ui={"text": [note]})
 
 

@@ -1,9 +1,12 @@
-"""Progress of a prefill in ComfyUI's own bar: one mark a layer of every block."""
+"""Progress: a prefill in ComfyUI's own bar, one mark a layer of every block; and what a sampler does, in words."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import comfy.utils
+from server import PromptServer
 
 from ..lance_runtime.context import Layout
 from ..lance_runtime.engine import Engine
@@ -20,3 +23,28 @@ def with_prefill_progress(engine: Engine, layout: Layout) -> Engine:
         return layer(hidden)
 
     return replace(engine, around=around)
+
+
+def narrated(callback: Callable[..., None], node: str | None, tokens: int, guided: Sequence[bool]) -> Callable[..., None]:
+    """A sampler's callback that also writes into the node which step is done, how long one takes, and what it runs.
+
+    tokens: of the context that is read first. guided: for each step, whether guidance acts in it.
+    """
+    total, marks = len(guided), [time.perf_counter()]
+    say(node, f"reading {tokens} tokens, then {total} steps")
+
+    def called(step: int, *rest: Any) -> None:
+        callback(step, *rest)
+        marks.append(time.perf_counter())
+        # The first step reads the context too; from the second on a step is just a step.
+        seconds = marks[-1] - marks[-2] if len(marks) == 2 else (marks[-1] - marks[1]) / (len(marks) - 2)
+        guidance = "on" if guided[min(step, total - 1)] else "off"
+        say(node, f"step {step + 1} of {total}, {seconds:.2g} s a step, guidance {guidance}")
+
+    return called
+
+
+def say(node: str | None, text: str) -> None:
+    """Write into a node of the page; nobody listens where the graph came through the API alone."""
+    if node is not None:
+        PromptServer.instance.send_progress_text(text, node)

@@ -18,6 +18,8 @@ from .clip import lance_of
 from .conditioning import conditionings
 from .guidance import patched
 from .model import check_model
+from .progress import narrated
+from .recipe import CONDITIONING_KEY
 from .schema import CATEGORY, LanceContext, io
 
 PROMPT = "Long, literal prompts that name camera and motion work best."
@@ -245,6 +247,7 @@ class LanceNativeSampler(io.ComfyNode):
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The result, for VAE Decode.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -267,17 +270,22 @@ class LanceNativeSampler(io.ComfyNode):
         check_model(model)
         positive, negative, _ = conditionings(lance_of(clip), context, prompt, negative_prompt, uncond_positions)
         interval = guidance.pop("interval_start"), guidance.pop("interval_end")
-        guider = comfy.samplers.CFGGuider(patched(model, Guidance(interval=interval, **guidance)))
+        chosen, sigmas = Guidance(interval=interval, **guidance), schedule(steps, shift, denoise)
+        guider = comfy.samplers.CFGGuider(patched(model, chosen))
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
-        return io.NodeOutput(sample(guider, latent, LanceNoise(seed, context), schedule(steps, shift, denoise)))
+        callback = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
+        if len(sigmas) > 1:
+            guided = [cfg != 1 and chosen.within(sigma) for sigma in sigmas[:-1]]
+            callback = narrated(callback, cls.hidden.unique_id, positive[0][1][CONDITIONING_KEY].length, guided)
+        return io.NodeOutput(sample(guider, latent, LanceNoise(seed, context), sigmas, callback))
 
     @classmethod
     def validate_inputs(cls, interval_start: float | None, interval_end: float | None) -> bool | str:
         return LanceNativeGuidance.validate_inputs(interval_start, interval_end)
 
 
-def sample(guider: Any, latent: dict, noise: LanceNoise, sigmas: Tensor) -> dict:
+def sample(guider: Any, latent: dict, noise: LanceNoise, sigmas: Tensor, callback: Any) -> dict:
     """Euler steps through ComfyUI's own sampler, with its previews, progress and interruption."""
     ratios = (latent.get(f"downscale_ratio_{axis}") for axis in ("spacial", "temporal"))
     samples = comfy.sample.fix_empty_latent_channels(guider.model_patcher, latent["samples"], *ratios)
@@ -288,7 +296,7 @@ def sample(guider: Any, latent: dict, noise: LanceNoise, sigmas: Tensor) -> dict
         comfy.samplers.sampler_object("euler"),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1),
+        callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=noise.seed,
     )

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from server import PromptServer
 from torch import Tensor
 
 from ..lance_runtime.context import Context, asking, open_context
@@ -14,6 +13,7 @@ from ..lance_runtime.preprocess import vit_size
 from ..lance_runtime.prompts import enhancement, system_sentence
 from .clip import LanceTextModel, lance_of
 from .pictures import frames_of, preset_of, resolution_input
+from .progress import say
 from .schema import CATEGORY, LanceContext, io
 
 
@@ -23,8 +23,7 @@ def speak(clip: Any, context: Context, length: int, sampling: Sampling, node: st
     clip.load_model()
     text = ""
     for text in _texts(lance, lance.answer(context, length, sampling)):
-        if node is not None:
-            PromptServer.instance.send_progress_text(text, node)
+        say(node, text)
     return text
 
 
@@ -179,4 +178,6 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
         asked = asking(lance_of(clip).tokenizer, context, enhancement(style, prompt))
         answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), cls.hidden.unique_id).strip()
         better = answer if answer and "\ufffd" not in answer else prompt
-        return io.NodeOutput(better, ui={"text": [better]})
+        both = f"{prompt}\n\u2192 {better}"
+        say(cls.hidden.unique_id, both)
+        return io.NodeOutput(better, ui={"text": [both]})

@@ -45,8 +45,10 @@ def load(model: str = IMAGE_MODEL, vit: str = "auto") -> Graph:
     return {"load": node("LanceNativeLoader", model_name=model, **settings)}
 
 
-def empty(size: str = "image 1:1", frames: int = 1) -> dict[str, Any]:
-    return node("LanceNativeEmptyLatent", size=size, width=768, height=768, frames=frames, seconds=0.0, batch_size=1)
+def empty(size: str = "image 1:1", frames: int = 1, batch: int = 1) -> dict[str, Any]:
+    """Sizes of the model that is loaded: Lance Nano's are small."""
+    sizes = {"size": size, "width": 768, "height": 768, "frames": frames, "seconds": 0.0, "batch_size": batch}
+    return node("LanceNativeEmptyLatent", **sizes, model=["load", 0])
 
 
 def sampler(prompt: Any, latent: list, context: list | None = None, **settings: Any) -> dict[str, Any]:
@@ -77,6 +79,11 @@ def decoded(name: str = "decode", samples: str = "sample") -> Graph:
 
 def save_image(images: str = "decode", prefix: str = "Lance") -> dict[str, Any]:
     return node("SaveImage", images=[images, 0], filename_prefix=prefix)
+
+
+def compared(before: str, after: str) -> dict[str, Any]:
+    """ComfyUI's slider between two pictures."""
+    return node("ImageCompare", image_a=[before, 0], image_b=[after, 0], compare_view="")
 
 
 def save_video(audio: list | None = None) -> Graph:
@@ -147,6 +154,24 @@ def classic() -> tuple[Graph, ...]:
     )
 
 
+def grid(*scales: float) -> tuple[Graph, ...]:
+    """One row of pictures for each guidance scale, one column for each seed of a batch."""
+    rows = range(len(scales))
+    joined: Graph = {}
+    for row in rows[1:]:
+        before = ["decode0" if row == 1 else f"join{row - 1}", 0]
+        joined[f"join{row}"] = node("ImageBatch", image1=before, image2=[f"decode{row}", 0])
+    apart = node("RebatchImages", images=[f"join{rows[-1]}", 0], batch_size=1)
+    cells = {"columns": len(scales), "cell_width": 512, "cell_height": 512, "padding": 8}
+    return (
+        {**load(), "empty": empty(batch=len(scales))},
+        {f"sample{row}": sampler(FOX, ["empty", 0], cfg=scale) for row, scale in enumerate(scales)},
+        {key: value for row in rows for key, value in decoded(f"decode{row}", f"sample{row}").items()},
+        {**joined, "apart": apart},
+        {"grid": node("ImageGrid", images=["apart", 0], **cells), "save": save_image("grid")},
+    )
+
+
 WORKFLOWS = (
     Workflow(
         "Text to Image",
@@ -202,7 +227,7 @@ WORKFLOWS = (
             {**load(vit=VIT), **picture()},
             {"edit": edit(image_0=["picture", 0])},
             {"sample": sampler("Make it a cold winter evening with falling snow.", ["edit", 1], ["edit", 0])},
-            {**decoded(), "save": save_image()},
+            {**decoded(), "save": save_image(), "compare": compared("picture", "decode")},
         ),
     ),
     Workflow(
@@ -329,6 +354,11 @@ WORKFLOWS = (
             {"sample": sampler(["enhance", 0], ["empty", 0]), **show("enhance")},
             {**decoded(), "save": save_image()},
         ),
+    ),
+    Workflow(
+        "Grid of Seeds and Settings",
+        "Each row is one cfg, each column one seed: seed, seed + 1, ... of the batch. Change any sampler to compare others.",
+        grid(2.0, 4.0, 6.0),
     ),
     Workflow(
         "Classic KSampler",
