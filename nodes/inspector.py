@@ -117,8 +117,8 @@ def draw(sequence: Layout, text: str) -> Image.Image:
     image = Image.new("RGB", (WIDTH, below + SIDE + MARGIN), (32, 33, 38))
     pen = ImageDraw.Draw(image)
     edges = _edges(sequence, WIDTH - 2 * MARGIN)
-    for split, (left, right) in zip(sequence.splits, edges, strict=True):
-        left, right = MARGIN + left, MARGIN + max(right - 1, left + 1)
+    for split, (start, end) in zip(sequence.splits, edges, strict=True):
+        left, right = MARGIN + start, MARGIN + max(end - 1, start + 1)
         pen.rectangle((left, MARGIN, right, MARGIN + STRIP - EXPERT_BAR), fill=COLOURS[split.segment.modality])
         pen.rectangle((left, MARGIN + STRIP - EXPERT_BAR, right, MARGIN + STRIP), fill=EXPERTS[_understands(split)])
         name = NAMES[split.segment.modality]

@@ -1,6 +1,6 @@
 """The one place that knows the version of ComfyUI's node interface; our own socket types."""
 
-from comfy_api.latest import ComfyExtension, io, ui, ui
+from comfy_api.latest import ComfyExtension, io, ui
 
 __all__ = ["CATEGORY", "ComfyExtension", "LanceContext", "LanceVitTokens", "io", "ui"]
 
