@@ -1,7 +1,7 @@
 """Draws the pictures of the help pages (``web/docs/images``): a small graph around each node, from the real web page.
 
 Run: ``python tests/build_help.py [NODE_ID ...]`` with COMFYUI_PATH set (or comfy-cli's default workspace) and Chromium
-installed. Without arguments all pictures are drawn, in English and in Chinese.
+installed, and a font with Chinese letters. Without arguments all pictures are drawn, in English and in Chinese.
 """
 
 from __future__ import annotations

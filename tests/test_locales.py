@@ -10,6 +10,7 @@ import os
 import re
 
 import pytest
+from comfy_browser import open_ui
 from node_texts import FILES, LANGUAGES, ROOT, english, read, strings, write
 
 TRANSLATED = LANGUAGES[1:]
@@ -96,6 +97,33 @@ def test_comfyui_serves_all_languages(comfy_server):
     for language in LANGUAGES:
         assert {node: served[language]["nodeDefs"][node] for node in read(language)} == read(language)
         assert served[language]["templateWorkflows"]["category"]["lance-native"] == "Lance Native"
+
+
+LABELS = """(types) => Object.fromEntries(types.map((type) => {
+    const node = LiteGraph.createNode(type), shown = (slot) => slot.label ?? slot.localized_name;
+    const inputs = node.inputs.filter((input) => !input.name.includes(".")).map((input) => [input.name, shown(input)]);
+    return [type, {title: node.title, inputs: Object.fromEntries(inputs), outputs: node.outputs.map(shown)}];
+}))"""
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_the_web_page_shows_the_translations(comfy_server, language):
+    """Titles, inputs and named outputs; inputs that grow (image_0, image_1, ...) have names of the page's own making."""
+    texts = read(language)
+    comfy_server.post("/settings/Comfy.Locale", language)
+    try:
+        with open_ui(comfy_server) as page:
+            shown = page.evaluate(LABELS, list(texts))
+    finally:
+        comfy_server.post("/settings/Comfy.Locale", "en")
+    for node, values in texts.items():
+        growing = {"images", "visuals"} & values["inputs"].keys()
+        wanted = {name: value["name"] for name, value in values["inputs"].items() if name not in growing}
+        assert shown[node]["title"] == values["display_name"]
+        assert shown[node]["inputs"] == wanted, node
+        for value, label in zip(values["outputs"].values(), shown[node]["outputs"]):
+            assert value.get("name", label) == label, node
 
 
 def test_there_are_no_settings_to_translate():
