@@ -13,7 +13,8 @@ from .schema import io
 
 AUTO = "auto"
 AS_IS = "as is"
-RESOLUTIONS = [AUTO, *presets()]
+# Nano's are not offered: "auto" takes them where the model is Nano.
+RESOLUTIONS = [AUTO, *(preset for preset in presets() if preset not in ("image_96res", "video_96p"))]
 FORMAT = comfy.latent_formats.Wan22()
 FPS = 24.0
 
@@ -119,7 +120,7 @@ def resolution_input(*more: str) -> io.Combo.Input:
         options=[*RESOLUTIONS, *more],
         default=AUTO,
         tooltip="Size class that the source is cut and scaled to: the bucket with the nearest aspect ratio, as in "
-        "training. 'auto' takes image_768res for an image and video_480p for a clip.",
+        "training. 'auto' takes image_768res for an image and video_480p for a clip (and what fits, for Lance Nano).",
     )
 
 
