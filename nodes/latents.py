@@ -119,7 +119,8 @@ def described(shape: PixelShape, sizes: TrainedSizes) -> str:
     most = sizes.image if picture else sizes.video
     beyond = [f"{most[1]} x {most[0]} pixels"] if shape.width * shape.height > LARGER * math.prod(most) else []
     beyond += [f"{sizes.most_frames} frames"] if shape.frames > sizes.most_frames else []
-    return f"{note}\nNothing beyond {' and '.join(beyond)} was trained: expect repetitions." if beyond else note
+    warning = f"Nothing beyond {' and '.join(beyond)} was trained: expect repetitions."
+    return f"{note}\n{warning}" if beyond else note
 
 
 class LanceNativeVideoStart(io.ComfyNode):

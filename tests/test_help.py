@@ -142,7 +142,7 @@ def test_limits_defaults_and_choices_are_the_schemas(node, language, schemas):
 def test_there_is_nothing_but_pages_and_their_pictures():
     pages = {path_of(*page) for page in PAGES}
     pictures = {DOCS / "images" / f"{node}.{language}.webp" for node, language in PAGES}
-    assert {path for path in (ROOT / "web").rglob("*") if path.is_file()} == pages | pictures
+    assert {path for path in DOCS.rglob("*") if path.is_file()} == pages | pictures
     assert sorted(EXAMPLES) == NODES
 
 
