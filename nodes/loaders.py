@@ -57,8 +57,8 @@ class LanceNativeLoader(io.ComfyNode):
                     "weight_type",
                     options=list(WEIGHT_TYPES),
                     default="default",
-                    tooltip="How the weights are kept in memory. 'default' leaves it to ComfyUI: bfloat16 where the card can. fp8 "
-                    "halves that.",
+                    tooltip="How the weights are kept in memory. 'default' leaves it to ComfyUI: bfloat16 where the card can. "
+                    "fp8 halves that.",
                     advanced=True,
                 ),
             ],

@@ -21,11 +21,12 @@ from comfy_server import ComfyServer  # noqa: E402
 from graphs import Graph, custom_sampling, node  # noqa: E402
 from PIL import Image  # noqa: E402
 from single_files import example_media, template_models  # noqa: E402
-from workflow_definitions import (  # noqa: E402
+from workflow_nodes import (  # noqa: E402
     ask,
     decoded,
     edit,
     empty,
+    enhance,
     load,
     picture,
     sampler,
@@ -74,12 +75,6 @@ def encoders() -> Graph:
         "vit": node("LanceNativeViTEncode", clip=["load", 1], fps=24.0, **SEEN),
         "vae": node("LanceNativeVAEEncode", vae=["load", 2], fps=24.0, **SEEN),
     }
-
-
-def enhance() -> Graph:
-    settings = {"max_length": 256, "temperature": 0.0, "top_p": 1.0, "seed": 42}
-    words = {"prompt": "a fox in the snow", "style": "image"}
-    return {"enhance": node("LanceNativeEnhancePrompt", clip=["load", 1], **words, **settings)}
 
 
 def drawn(latent: list, prompt: Any = FOX, context: list | None = None) -> Graph:
@@ -134,7 +129,7 @@ EXAMPLES: dict[str, tuple[Graph, ...]] = {
     "LanceNativeNoise": (custom("noise", "sigmas"), custom("sample")),
     "LanceNativeSampler": ({**load(), "empty": empty()}, drawn(["empty", 0]), decoded()),
     "LanceNativeAsk": (picture(), {"ask": ask("What is happening here?", image_0=["picture", 0])}, show()),
-    "LanceNativeEnhancePrompt": (enhance(), drawn(["empty", 0], ["enhance", 0])),
+    "LanceNativeEnhancePrompt": ({"enhance": enhance("a fox in the snow")}, drawn(["empty", 0], ["enhance", 0])),
     "LanceNativeContextInspector": (
         {"edit": edit()},
         {

@@ -1,6 +1,7 @@
 """Builds ``workflows/``, ``subgraphs/`` and ``tests/workflows/`` with the real ComfyUI and its web page.
 
-Run: ``python tests/build_workflows.py`` with COMFYUI_PATH set (or comfy-cli's default workspace) and Chromium installed.
+Run: ``python tests/build_workflows.py [NAME ...]`` with COMFYUI_PATH set (or comfy-cli's default workspace) and Chromium
+installed. Without names, all of them.
 """
 
 from __future__ import annotations
@@ -29,44 +30,76 @@ URLS = {
     "wan2.2_vae.safetensors": (WAN, "vae"),  # not the hub's .pth: Desktop downloads safetensors alone
 }
 VERSION = "0.1.0"
-GAP, TOP, NOTE_WIDTH = 50, 80, 300
+GAP, TOP, ROW_GAP, NOTE_HEIGHT = 40, 80, 50, 120
 # Sizes of their own, [width, height]: texts need room, and no node shall be wider than its longest label.
 SIZES = {
-    "LanceNativeSampler": [420, 520],
-    "LanceNativeLoader": [330, 200],
+    "LanceNativeSampler": [380, 520],
+    "LanceNativeLoader": [345, 200],
     "CLIPTextEncode": [380, 180],
     "LanceNativeAsk": [380, 380],
     "LanceNativeEnhancePrompt": [380, 300],
-    "LanceNativeEmptyLatent": [300, 240],
+    "LanceNativeEmptyLatent": [345, 240],
+    "LanceNativeEdit": [280, 150],
+    "LanceNativeSubject": [280, 130],
+    "LanceNativeVideoStart": [280, 190],
+    "LanceNativeVAEEncode": [280, 150],
     "VAEDecode": [200, 50],
     "LoadImage": [300, 320],
     "LoadVideo": [300, 320],
-    "PreviewAny": [320, 200],
-    "SaveImage": [360, 380],
-    "SaveVideo": [360, 380],
+    "PreviewAny": [320, 160],
+    "SaveImage": [340, 380],
+    "SaveVideo": [340, 380],
+    "ImageCompare": [340, 350],
+    "PrimitiveStringMultiline": [290, 130],
+    "GetVideoComponents": [280, 90],
+    "SetLatentNoiseMask": [280, 50],
+}
+# What a node needs below its title in Nodes 2.0, where that is more: widgets are taller there, and a button shows the rest.
+# Empty Lance Latent and the samplers also write below their widgets.
+TALL = {
+    "LanceNativeLoader": 250,
+    "LanceNativeEmptyLatent": 370,
+    "LanceNativeEdit": 220,
+    "LanceNativeSubject": 190,
+    "LanceNativeVideoStart": 240,
+    "LanceNativeVAEEncode": 220,
+    "LanceNativeGuidance": 210,
+    "LoadImage": 350,
+    "CreateVideo": 140,
+    "GetVideoComponents": 120,
+    "VAEDecode": 75,
+    "BatchImagesNode": 150,
+    "RebatchImages": 85,
+    "ImageGrid": 165,
+    "SetLatentNoiseMask": 75,
+    "KSampler": 320,
 }
 ONLY_THE_GRAPH = """
 body * { visibility: hidden }
 #graph-canvas, .dom-widget, .dom-widget * { visibility: visible }
 """
-ARRANGE = """({columns, sizes, gap, top, note}) => {
+ARRANGE = """({columns, sizes, tall, gap, rowGap, top, note}) => {
     const nodes = [...app.graph._nodes], byType = (type) => nodes.filter((node) => node.type === type);
     const taken = new Set(), place = (type) => byType(type).find((node) => !taken.has(node.id));
-    let x = 40;
     const memo = LiteGraph.createNode("MarkdownNote");
-    memo.pos = [x, top]; memo.size = [note.width, 170]; memo.title = note.title;
+    memo.pos = [40, top]; memo.size = [sizes.LanceNativeLoader[0], note.height]; memo.title = note.title;
     app.graph.add(memo);
     // Only now: on its way in, the widget takes what the page remembers of the last graph's note.
     memo.widgets[0].value = note.text;
-    x += note.width + gap;
+    const title = LiteGraph.NODE_TITLE_HEIGHT;
+    let x = 40, below = top + note.height + rowGap + title;
     for (const column of columns) {
-        let y = top, width = 0;
+        let y = below, width = 0;
+        below = top;
         for (const type of column) {
             const node = place(type);
             taken.add(node.id);
             if (sizes[type]) node.setSize([...sizes[type]]);
+            // Behind a link the page keeps a text of the graph before.
+            for (const {widget} of node.inputs.filter(({widget, link, type}) => widget && link != null && type === "STRING"))
+                node.widgets.find(({name}) => name === widget.name).value = "";
             node.pos = [x, y];
-            y += node.size[1] + 60; width = Math.max(width, node.size[0]);
+            y += Math.max(node.size[1], tall[type] ?? 0) + rowGap + title; width = Math.max(width, node.size[0]);
         }
         x += width + gap;
     }
@@ -126,7 +159,7 @@ CONVERT = """({outside, promoted, name, description}) => {
 
 def blueprint(page: Any, workflow: Workflow) -> dict[str, Any]:
     """A template as one box, without the nodes that load and save."""
-    load_workflow(page, workflow.graph)
+    arranged(page, workflow)
     named = workflow.graph["load"]["inputs"]["vit_name"] != "auto"
     promoted = [*PROMOTED, ["LanceNativeLoader", "vit_name"]] if named else PROMOTED
     arguments = {"outside": OUTSIDE, "promoted": promoted, "name": BLUEPRINTS[workflow.name], "description": workflow.note}
@@ -139,12 +172,20 @@ def blueprint(page: Any, workflow: Workflow) -> dict[str, Any]:
     return {**graph, "extra": {}}
 
 
-def ui_format(page: Any, workflow: Workflow) -> dict[str, Any]:
-    """The template as the web page itself would save it, laid out in our columns."""
+def arranged(page: Any, workflow: Workflow) -> dict[str, Any]:
+    """The graph as the web page itself would save it, laid out in our columns under a note."""
     load_workflow(page, workflow.graph)
+    page.wait_for_timeout(400)  # nodes grow around a loaded picture, whatever their size was set to before
     columns = [[node["class_type"] for node in column.values()] for column in workflow.columns]
-    note = {"title": workflow.name, "text": workflow.note, "width": NOTE_WIDTH}
-    graph = page.evaluate(ARRANGE, {"columns": columns, "sizes": SIZES, "gap": GAP, "top": TOP, "note": note})
+    note = {"title": workflow.name, "text": workflow.note, "height": NOTE_HEIGHT}
+    sizes = {**SIZES, **workflow.sizes}
+    places = {"columns": columns, "sizes": sizes, "tall": TALL, "gap": GAP, "rowGap": ROW_GAP, "top": TOP, "note": note}
+    return page.evaluate(ARRANGE, places)
+
+
+def ui_format(page: Any, workflow: Workflow) -> dict[str, Any]:
+    """The template as it is published."""
+    graph = arranged(page, workflow)
     for node in graph["nodes"]:
         _describe(node)
     graph["extra"] = {}
@@ -164,17 +205,17 @@ def _describe(node: dict[str, Any]) -> None:
         node["properties"]["models"] = [{"name": name, "url": URLS[name][0], "directory": URLS[name][1]} for name in named]
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, names: list[str]) -> None:
     with ComfyServer(template_models(folder)) as server:
         for media in example_media(folder):
             server.upload_image(media)
         with open_ui(server) as page:
             page.add_style_tag(content=ONLY_THE_GRAPH)
-            _write(page, folder)
+            _write(page, folder, [workflow for workflow in WORKFLOWS if workflow.name in names or not names])
 
 
-def _write(page: Any, folder: Path) -> None:
-    for workflow in WORKFLOWS:
+def _write(page: Any, folder: Path, workflows: list[Workflow]) -> None:
+    for workflow in workflows:
         graph = ui_format(page, workflow)
         page.wait_for_timeout(800)
         target = HERE.parent / "workflows" / f"{workflow.name}.json"
@@ -182,7 +223,7 @@ def _write(page: Any, folder: Path) -> None:
         twin = HERE / "workflows" / f"{workflow.slug}.api.json"
         twin.write_text(json.dumps(workflow.graph, indent=1, ensure_ascii=False) + "\n", "utf-8")
         _thumbnail(page, folder / "shot.png", target.with_suffix(".jpg"))
-    for workflow in WORKFLOWS:
+    for workflow in workflows:
         if workflow.name in BLUEPRINTS:
             box = HERE.parent / "subgraphs" / f"{BLUEPRINTS[workflow.name]}.json"
             box.write_text(json.dumps(blueprint(page, workflow), indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -199,4 +240,4 @@ def _thumbnail(page: Any, shot: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder))
+        build(Path(folder), sys.argv[1:])

@@ -89,8 +89,11 @@ ERRORS = (
 
 
 @contextmanager
-def open_ui(server: ComfyServer, width: int = 1400, height: int = 850) -> Iterator[Page]:
-    """A page with ComfyUI's interface ready; the test is skipped when this machine has no browser."""
+def open_ui(server: ComfyServer, width: int = 1400, height: int = 850, zoom: float = 1) -> Iterator[Page]:
+    """A page with ComfyUI's interface ready; the test is skipped when this machine has no browser.
+
+    width, height: of the window, in pixels of the screen. zoom: the browser's own.
+    """
     executable = find_chromium()
     if executable is None or importlib.util.find_spec("playwright") is None:
         missing = "playwright is not installed" if executable else "no chromium executable; set CHROMIUM_PATH"
@@ -100,7 +103,8 @@ def open_ui(server: ComfyServer, width: int = 1400, height: int = 850) -> Iterat
     server.post("/settings/Comfy.TutorialCompleted", value=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=list(ARGUMENTS))
-        context = browser.new_context(viewport={"width": width, "height": height}, service_workers="block")
+        window = {"width": round(width / zoom), "height": round(height / zoom)}
+        context = browser.new_context(viewport=window, device_scale_factor=zoom, service_workers="block")
         context.route("**/*", _loopback_only)
         context.add_init_script(START_BLANK)
         page = context.new_page()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
-from goldens import CHECKPOINT, PARITY, clip
+from goldens import CHECKPOINT
+from nano.tasks import frames
+from nano.world import BIG, PLAIN, Clip, Scene, Thing, render
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lance_runtime.media import write_video
 
+FPS = 12
 METADATA = {
     "llm_config_json": "llm_config.json",
     "tokenizer_json": "tokenizer.json",
@@ -49,9 +54,17 @@ def template_models(folder: Path) -> dict[str, Path]:
 
 
 def example_media(folder: Path) -> list[Path]:
-    """The picture and the clip that the workflows name."""
-    picture = folder / "example.png"
-    picture.write_bytes((PARITY / "media" / "wide.png").read_bytes())
-    frames, fps = clip("clip8.npz")
-    write_video(folder / "example.mp4", frames, round(fps))
-    return [picture, folder / "example.mp4"]
+    """The picture and the clip that the workflows name, of Nano's world: other models see plain shapes."""
+    scene = Scene((Thing("star", "red", BIG, 30, 48), Thing("circle", "blue", PLAIN, 70, 48)), "white")
+    picture, video = folder / "example.png", folder / "example.mp4"
+    Image.fromarray(_lying(render(scene), 8)).save(picture)
+    moving = frames(Clip(Thing("circle", "red"), "gray", "right"))
+    write_video(video, np.stack([_lying(frame, 4) for frame in moving]), FPS)
+    return [picture, video]
+
+
+def _lying(frame: np.ndarray, times: int) -> np.ndarray:
+    """The middle of a square frame, 3:2 and larger."""
+    edge = len(frame) // 6
+    middle = Image.fromarray(frame[edge:-edge])
+    return np.asarray(middle.resize((middle.width * times, middle.height * times), Image.Resampling.LANCZOS))

@@ -9,7 +9,7 @@ import pytest
 from comfy_results import TOLERANCE, difference, saved_latents
 from graphs import empty, loader, node
 from PIL import Image
-from workflow_definitions import ask, edit, sampler, video_start
+from workflow_nodes import ask, edit, sampler, video_start
 
 from lance_runtime.types import PixelShape
 

@@ -6,7 +6,7 @@ import goldens
 import pytest
 from comfy_results import difference, saved_latents
 from graphs import loader, node, text_to_image
-from workflow_definitions import ask, sampler
+from workflow_nodes import ask, sampler
 
 pytestmark = pytest.mark.comfy
 CAT = "the cat in the dark forest"

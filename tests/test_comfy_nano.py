@@ -17,7 +17,7 @@ from nano.tasks import Example, frames
 from nano.words import caption
 from nano.world import CORNERS, PAIRS, PLACES, SHAPES, Clip, Scene, Thing, draw_scene, render
 from PIL import Image
-from workflow_definitions import ask, edit, sampler, subject, video_start
+from workflow_nodes import ask, edit, sampler, subject, video_start
 
 pytestmark = pytest.mark.comfy
 NANO = "Lance Nano (built in)"

@@ -1,18 +1,35 @@
 """The pack's workflows: one per task and one per idea, as graphs whose nodes are laid out in columns.
 
 ``build_workflows.py`` turns them into templates (``workflows/``) with the real web page, and into their twins in API
-format (``tests/workflows/``).
+format (``tests/workflows/``). At three quarters of a window of 1400 x 850, which is how the page opens them, labels are
+drawn up to a size of 1830 x 1110; browsers at 125 % leave 1640 x 990.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from graphs import Graph, node
+from workflow_nodes import (
+    NANO,
+    VIDEO_MODEL,
+    VIT,
+    Workflow,
+    ask,
+    clip,
+    compared,
+    decoded,
+    edit,
+    empty,
+    enhance,
+    load,
+    picture,
+    sampler,
+    save_image,
+    save_video,
+    show,
+    subject,
+    video_start,
+)
 
-IMAGE_MODEL, VIDEO_MODEL, VAE = "Lance_3B.safetensors", "Lance_3B_Video.safetensors", "wan2.2_vae.safetensors"
-VIT = "qwen2.5_vl_vit.safetensors"  # named where the image checkpoint looks at pictures, so that the page can offer it
 FOX = (
     "A red fox sits in deep snow at the edge of a pine forest, looking at the camera. Soft morning light from the left, "
     "breath visible in the cold air, close-up, shallow depth of field."
@@ -21,110 +38,19 @@ FOX_RUNS = (
     "A red fox runs through deep snow towards the camera, throwing up powder with every leap. Pine forest behind it, low "
     "winter sun, the camera glides backwards at the fox's height."
 )
-
-
-@dataclass(frozen=True)
-class Workflow:
-    """A template: its name for people, what to know about it, and its nodes by columns."""
-
-    name: str
-    note: str
-    columns: tuple[Graph, ...]
-
-    @property
-    def slug(self) -> str:
-        return self.name.lower().replace(" ", "_").replace(",", "")
-
-    @property
-    def graph(self) -> Graph:
-        return {key: value for column in self.columns for key, value in column.items()}
-
-
-def load(model: str = IMAGE_MODEL, vit: str = "auto") -> Graph:
-    settings = {"vit_name": vit, "vae_name": VAE, "variant": "auto", "weight_type": "default"}
-    return {"load": node("LanceNativeLoader", model_name=model, **settings)}
-
-
-def empty(size: str = "image 1:1", frames: int = 1, batch: int = 1) -> dict[str, Any]:
-    """Sizes of the model that is loaded: Lance Nano's are small."""
-    sizes = {"size": size, "width": 768, "height": 768, "frames": frames, "seconds": 0.0, "batch_size": batch}
-    return node("LanceNativeEmptyLatent", **sizes, model=["load", 0])
-
-
-def sampler(prompt: Any, latent: list, context: list | None = None, **settings: Any) -> dict[str, Any]:
-    inputs = {
-        "model": ["load", 0],
-        "clip": ["load", 1],
-        "latent": latent,
-        "prompt": prompt,
-        "negative_prompt": "",
-        "seed": 42,
-        "steps": 30,
-        "cfg": 4.0,
-        "shift": 3.5,
-        "denoise": 1.0,
-        "interval_start": 0.4,
-        "interval_end": 1.0,
-        "renorm": "global",
-        "renorm_min": 0.0,
-        "uncond_positions": "cached",
-        **settings,
-    }
-    return node("LanceNativeSampler", **inputs, **({} if context is None else {"context": context}))
-
-
-def decoded(name: str = "decode", samples: str = "sample") -> Graph:
-    return {name: node("VAEDecode", samples=[samples, 0], vae=["load", 2])}
-
-
-def save_image(images: str = "decode", prefix: str = "Lance") -> dict[str, Any]:
-    return node("SaveImage", images=[images, 0], filename_prefix=prefix)
-
-
-def compared(before: str, after: str) -> dict[str, Any]:
-    """ComfyUI's slider between two pictures."""
-    return node("ImageCompare", image_a=[before, 0], image_b=[after, 0], compare_view="")
-
-
-def save_video(audio: list | None = None) -> Graph:
-    """Lance's clips play at 12 frames a second."""
-    sound = {} if audio is None else {"audio": audio}
-    return {
-        "video": node("CreateVideo", images=["decode", 0], fps=12.0, **sound),
-        "save": node("SaveVideo", video=["video", 0], filename_prefix="video/Lance", format="auto", codec="auto"),
-    }
-
-
-def picture(key: str = "picture", file: str = "example.png") -> Graph:
-    return {key: node("LoadImage", image=file)}
-
-
-def clip(key: str = "clip") -> Graph:
-    return {key: node("LoadVideo", file="example.mp4")}
-
-
-def edit(**sources: list) -> dict[str, Any]:
-    named = {name.replace("image_", "images.image_"): link for name, link in sources.items()}
-    return node("LanceNativeEdit", clip=["load", 1], vae=["load", 2], resolution="auto", batch_size=1, **named)
-
-
-def subject(**images: list) -> dict[str, Any]:
-    named = {f"images.{name}": link for name, link in images.items()}
-    return node("LanceNativeSubject", clip=["load", 1], vae=["load", 2], resolution="auto", **named)
-
-
-def video_start(**given: Any) -> dict[str, Any]:
-    return node("LanceNativeVideoStart", vae=["load", 2], latent=["empty", 0], middle_at=0.5, overlap=9, **given)
-
-
-def ask(question: str, **sources: list) -> dict[str, Any]:
-    named = {name.replace("image_", "images.image_"): link for name, link in sources.items()}
-    settings = {"resolution": "auto", "max_length": 256, "temperature": 0.0, "top_p": 1.0, "seed": 42}
-    return node("LanceNativeAsk", clip=["load", 1], question=question, **settings, **named)
-
-
-def show(key: str = "ask") -> Graph:
-    return {"show": node("PreviewAny", source=[key, 0])}
+STAR = "a big red star in the middle on a pink background"
+# Five columns side by side.
+NARROW = {
+    "LanceNativeLoader": [290, 200],
+    "LanceNativeSampler": [290, 480],
+    "LanceNativeEmptyLatent": [290, 240],
+    "LanceNativeEdit": [290, 150],
+    "LanceNativeAsk": [290, 320],
+    "ImageCompare": [290, 330],
+    "SaveImage": [290, 330],
+    "PreviewAny": [290, 160],
+    "PrimitiveStringMultiline": [290, 90],
+}
 
 
 def classic() -> tuple[Graph, ...]:
@@ -155,20 +81,20 @@ def classic() -> tuple[Graph, ...]:
 
 
 def grid(*scales: float) -> tuple[Graph, ...]:
-    """One row of pictures for each guidance scale, one column for each seed of a batch."""
+    """One row of pictures for each guidance scale, one column for each seed of a batch; one prompt for all."""
     rows = range(len(scales))
-    joined: Graph = {}
-    for row in rows[1:]:
-        before = ["decode0" if row == 1 else f"join{row - 1}", 0]
-        joined[f"join{row}"] = node("ImageBatch", image1=before, image2=[f"decode{row}", 0])
-    apart = node("RebatchImages", images=[f"join{rows[-1]}", 0], batch_size=1)
+    samplers = [sampler(["words", 0], ["empty", 0], cfg=scale) for scale in scales]
+    batch = node("BatchImagesNode", **{f"images.image{row}": [f"decode{row}", 0] for row in rows})
     cells = {"columns": len(scales), "cell_width": 512, "cell_height": 512, "padding": 8}
     return (
-        {**load(), "empty": empty(batch=len(scales))},
-        {f"sample{row}": sampler(FOX, ["empty", 0], cfg=scale) for row, scale in enumerate(scales)},
-        {key: value for row in rows for key, value in decoded(f"decode{row}", f"sample{row}").items()},
-        {**joined, "apart": apart},
-        {"grid": node("ImageGrid", images=["apart", 0], **cells), "save": save_image("grid")},
+        {**load(), "words": node("PrimitiveStringMultiline", value=FOX), "empty": empty(batch=len(scales))},
+        *({f"sample{row}": samplers[row], **decoded(f"decode{row}", f"sample{row}")} for row in rows),
+        {
+            "batch": batch,
+            "apart": node("RebatchImages", images=["batch", 0], batch_size=1),
+            "grid": node("ImageGrid", images=["apart", 0], **cells),
+            "save": save_image("grid"),
+        },
     )
 
 
@@ -191,8 +117,8 @@ WORKFLOWS = (
         "Image to Video",
         "The picture is the first frame; it is cut to the video's aspect ratio. Say in the prompt what happens next.",
         (
-            {**load(VIDEO_MODEL), **picture(), "empty": empty("480p 16:9", 49)},
-            {"start": video_start(first=["picture", 0])},
+            {**load(VIDEO_MODEL), "empty": empty("480p 16:9", 49)},
+            {**picture(), "start": video_start(first=["picture", 0])},
             {"sample": sampler(FOX_RUNS, ["start", 0])},
             {**decoded(), **save_video()},
         ),
@@ -201,9 +127,9 @@ WORKFLOWS = (
         "First and Last Frame",
         "Lance fills in what happens between two pictures. They should show the same scene.",
         (
-            {**load(VIDEO_MODEL), **picture("first"), **picture("last")},
-            {"empty": empty("480p 16:9", 49), "start": video_start(first=["first", 0], last=["last", 0])},
-            {"sample": sampler(FOX_RUNS, ["start", 0])},
+            {**load(VIDEO_MODEL), "empty": empty("480p 16:9", 49)},
+            {**picture("first"), **picture("last")},
+            {"start": video_start(first=["first", 0], last=["last", 0]), "sample": sampler(FOX_RUNS, ["start", 0])},
             {**decoded(), **save_video()},
         ),
     ),
@@ -211,8 +137,9 @@ WORKFLOWS = (
         "Continue a Video",
         "The last 9 frames of the clip are the first of the new one. The clip should play at 12 frames a second.",
         (
-            {**load(VIDEO_MODEL), "empty": empty("480p 16:9", 49), **clip()},
+            {**load(VIDEO_MODEL), "empty": empty("480p 16:9", 49)},
             {
+                **clip(),
                 "frames": node("GetVideoComponents", video=["clip", 0]),
                 "start": video_start(continue_from=["frames", 0]),
             },
@@ -222,17 +149,20 @@ WORKFLOWS = (
     ),
     Workflow(
         "Edit an Image",
-        "Say the change as an instruction. The result is as large as the trained size nearest to the picture's shape.",
+        "Say the change as an instruction. The result is as large as the trained size nearest to the picture's shape. The "
+        "slider of Compare Images needs Nodes 2.0 (in the menu of the logo).",
         (
             {**load(vit=VIT), **picture()},
             {"edit": edit(image_0=["picture", 0])},
             {"sample": sampler("Make it a cold winter evening with falling snow.", ["edit", 1], ["edit", 0])},
             {**decoded(), "save": save_image(), "compare": compared("picture", "decode")},
         ),
+        {"SaveImage": [340, 310], "ImageCompare": [340, 310]},
     ),
     Workflow(
         "Edit a Video",
-        "Up to six seconds are seen, at 12 frames a second. The clip's sound goes into the result.",
+        "The clip is seen at 12 frames a second; one longer than six seconds is thinned to 69 frames, so cut it into parts. "
+        "Its sound goes into the result.",
         (
             {**load(VIDEO_MODEL), **clip()},
             {"edit": edit(video=["clip", 0]), "parts": node("GetVideoComponents", video=["clip", 0])},
@@ -249,17 +179,21 @@ WORKFLOWS = (
                 "edit": edit(image_0=["picture", 0]),
                 "sample": sampler("Make it a cold winter evening.", ["edit", 1], ["edit", 0]),
             },
-            {**decoded(), "edit2": edit(image_0=["decode", 0])},
-            {"sample2": sampler("Add falling snow.", ["edit2", 1], ["edit2", 0])},
+            {
+                **decoded(),
+                "edit2": edit(image_0=["decode", 0]),
+                "sample2": sampler("Add falling snow.", ["edit2", 1], ["edit2", 0]),
+            },
             {**decoded("decode2", "sample2"), "save": save_image("decode2")},
         ),
+        {"LanceNativeSampler": [380, 470]},
     ),
     Workflow(
         "Subject in a New Scene",
         "The subject is kept, the scene is the prompt's.",
         (
-            {**load(vit=VIT), **picture(), "empty": empty()},
-            {"subject": subject(image_0=["picture", 0])},
+            {**load(vit=VIT), **picture()},
+            {"subject": subject(image_0=["picture", 0]), "empty": empty()},
             {"sample": sampler("The subject stands on a sunny beach, wide shot.", ["empty", 0], ["subject", 0])},
             {**decoded(), "save": save_image()},
         ),
@@ -268,8 +202,8 @@ WORKFLOWS = (
         "Subject in a Video",
         "The subject is kept, the scene and the movement are the prompt's.",
         (
-            {**load(VIDEO_MODEL), **picture(), "empty": empty("480p 16:9", 49)},
-            {"subject": subject(image_0=["picture", 0])},
+            {**load(VIDEO_MODEL), **picture()},
+            {"subject": subject(image_0=["picture", 0]), "empty": empty("480p 16:9", 49)},
             {"sample": sampler("The subject walks along a sunny beach, the camera follows.", ["empty", 0], ["subject", 0])},
             {**decoded(), **save_video()},
         ),
@@ -278,9 +212,12 @@ WORKFLOWS = (
         "Two Subjects",
         "Say in the prompt which is where. More than two tend to melt into one.",
         (
-            {**load(vit=VIT), **picture("first"), **picture("second")},
-            {"empty": empty(), "subject": subject(image_0=["first", 0], image_1=["second", 0])},
-            {"sample": sampler("The two subjects sit side by side on a bench.", ["empty", 0], ["subject", 0])},
+            {**load(vit=VIT), "empty": empty()},
+            {**picture("first"), **picture("second")},
+            {
+                "subject": subject(image_0=["first", 0], image_1=["second", 0]),
+                "sample": sampler("The two subjects sit side by side on a bench.", ["empty", 0], ["subject", 0]),
+            },
             {**decoded(), "save": save_image()},
         ),
     ),
@@ -291,7 +228,7 @@ WORKFLOWS = (
     ),
     Workflow(
         "Ask about a Video",
-        "Up to six seconds are seen, at 12 frames a second.",
+        "The clip is seen at 12 frames a second; one longer than six seconds is thinned to 69 frames, spread over all of it.",
         ({**load(VIDEO_MODEL), **clip()}, {"ask": ask("What happens in this video?", video=["clip", 0])}, show()),
     ),
     Workflow(
@@ -319,7 +256,8 @@ WORKFLOWS = (
         "Reason over Two Images",
         "Any number of pictures can be asked about together.",
         (
-            {**load(vit=VIT), **picture("first"), **picture("second")},
+            load(vit=VIT),
+            {**picture("first"), **picture("second")},
             {"ask": ask("What differs between the two images?", image_0=["first", 0], image_1=["second", 0])},
             show(),
         ),
@@ -328,30 +266,19 @@ WORKFLOWS = (
         "Caption, then Redraw",
         "Lance describes a picture and draws it anew from the words alone.",
         (
-            {**load(vit=VIT), **picture(), "empty": empty()},
-            {"ask": ask("", image_0=["picture", 0])},
+            {**load(vit=VIT), **picture()},
+            {"ask": ask("", image_0=["picture", 0]), "empty": empty()},
             {"sample": sampler(["ask", 0], ["empty", 0]), **show()},
             {**decoded(), "save": save_image()},
         ),
     ),
     Workflow(
         "Enhance a Prompt",
-        "Lance rewrites a short prompt as the long, literal one that it draws best from.",
+        "Lance rewrites a short prompt as the long, literal one that it draws best from. The node shows both.",
         (
             {**load(), "empty": empty()},
-            {
-                "enhance": node(
-                    "LanceNativeEnhancePrompt",
-                    clip=["load", 1],
-                    prompt="a fox in the snow",
-                    style="image",
-                    max_length=256,
-                    temperature=0.0,
-                    top_p=1.0,
-                    seed=42,
-                )
-            },
-            {"sample": sampler(["enhance", 0], ["empty", 0]), **show("enhance")},
+            {"enhance": enhance("a fox in the snow"), **show("enhance")},
+            {"sample": sampler(["enhance", 0], ["empty", 0])},
             {**decoded(), "save": save_image()},
         ),
     ),
@@ -359,10 +286,38 @@ WORKFLOWS = (
         "Grid of Seeds and Settings",
         "Each row is one cfg, each column one seed: seed, seed + 1, ... of the batch. Change any sampler to compare others.",
         grid(2.0, 4.0, 6.0),
+        {**NARROW, "BatchImagesNode": [270, 110], "SaveImage": [290, 270]},
     ),
     Workflow(
         "Classic KSampler",
         "Lance among ComfyUI's own nodes. 25 steps with scheduler 'simple' are Lance's exact schedule; keep cfg at 4.",
         classic(),
+    ),
+    Workflow(
+        "Try Lance Nano",
+        "Runs at once, without any download. Nano is a tiny Lance that knows plain shapes and colours, at 96 x 96: circles, "
+        "squares, triangles, stars. Try *three yellow triangles on a black background*.",
+        (
+            {**load(NANO), "empty": empty()},
+            {"sample": sampler(STAR, ["empty", 0])},
+            {**decoded(), "save": save_image()},
+        ),
+    ),
+    Workflow(
+        "Try Lance Nano, Edit and Ask",
+        "Without any download: Nano draws a star, makes it blue, and says what it sees. The slider of Compare Images needs "
+        "Nodes 2.0 (in the menu of the logo).",
+        (
+            {**load(NANO), "empty": empty()},
+            {"sample": sampler(STAR, ["empty", 0]), **decoded()},
+            {
+                "edit": edit(image_0=["decode", 0]),
+                "sample2": sampler("make the star blue", ["edit", 1], ["edit", 0]),
+                **decoded("decode2", "sample2"),
+            },
+            {"save": save_image("decode2"), "compare": compared("decode", "decode2")},
+            {"ask": ask("What color is the star?", image_0=["decode2", 0]), **show()},
+        ),
+        NARROW,
     ),
 )
