@@ -55,10 +55,13 @@ SIZES = {
     "SetLatentNoiseMask": [280, 50],
 }
 # What a node needs below its title in Nodes 2.0, where that is more: widgets are taller there, and a button shows the rest.
-# Empty Lance Latent and the samplers also write below their widgets.
+# And what it grows to when it runs: some write below their widgets, a sampler shows its picture there too.
 TALL = {
+    "LanceNativeSampler": 740,
+    "LanceNativeAsk": 460,
+    "LanceNativeEnhancePrompt": 380,
     "LanceNativeLoader": 250,
-    "LanceNativeEmptyLatent": 370,
+    "LanceNativeEmptyLatent": 390,
     "LanceNativeEdit": 220,
     "LanceNativeSubject": 190,
     "LanceNativeVideoStart": 240,

@@ -268,8 +268,8 @@ WORKFLOWS = (
         (
             {**load(vit=VIT), **picture()},
             {"ask": ask("", image_0=["picture", 0]), "empty": empty()},
-            {"sample": sampler(["ask", 0], ["empty", 0]), **show()},
-            {**decoded(), "save": save_image()},
+            {"sample": sampler(["ask", 0], ["empty", 0])},
+            {**decoded(), "save": save_image(), **show()},
         ),
     ),
     Workflow(
@@ -313,9 +313,12 @@ WORKFLOWS = (
             {
                 "edit": edit(image_0=["decode", 0]),
                 "sample2": sampler("make the star blue", ["edit", 1], ["edit", 0]),
-                **decoded("decode2", "sample2"),
             },
-            {"save": save_image("decode2"), "compare": compared("decode", "decode2")},
+            {
+                **decoded("decode2", "sample2"),
+                "save": save_image("decode2"),
+                "compare": compared("decode", "decode2"),
+            },
             {"ask": ask("What color is the star?", image_0=["decode2", 0]), **show()},
         ),
         NARROW,
