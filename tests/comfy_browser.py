@@ -31,6 +31,7 @@ ARGUMENTS = (
     # Routing below stops the page; this stops the browser's own requests.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
+USUAL_LOOK = {"Comfy.VueNodes.Enabled": False, "Comfy.ColorPalette": "dark"}
 STORE = """(name) => document.querySelector("#vue-app").__vue_app__.config.globalProperties.$pinia._s.get(name)"""
 # The interface opens with an example graph and complains, some time later, about that graph's missing models.
 START_BLANK = """
@@ -89,10 +90,13 @@ ERRORS = (
 
 
 @contextmanager
-def open_ui(server: ComfyServer, width: int = 1400, height: int = 850, zoom: float = 1) -> Iterator[Page]:
+def open_ui(
+    server: ComfyServer, width: int = 1400, height: int = 850, zoom: float = 1, console: list[str] | None = None
+) -> Iterator[Page]:
     """A page with ComfyUI's interface ready; the test is skipped when this machine has no browser.
 
-    width, height: of the window, in pixels of the screen. zoom: the browser's own.
+    width, height: of the window, in pixels of the screen. zoom: the browser's own. console: takes the page's warnings and
+    errors, but for those about addresses beyond the loopback.
     """
     executable = find_chromium()
     if executable is None or importlib.util.find_spec("playwright") is None:
@@ -108,10 +112,26 @@ def open_ui(server: ComfyServer, width: int = 1400, height: int = 850, zoom: flo
         context.route("**/*", _loopback_only)
         context.add_init_script(START_BLANK)
         page = context.new_page()
+        if console is not None:
+            page.on("console", lambda message: _note(message, console))
+            page.on("pageerror", lambda error: console.append(f"uncaught: {error}"))
         page.goto(server.url)
         page.wait_for_function("window.startedBlank", timeout=READY_SECONDS * 1000)
         yield page
         browser.close()
+
+
+@contextmanager
+def looking(server: ComfyServer, renderer: str, theme: str = "dark") -> Iterator[None]:
+    """Pages that are opened within have this renderer ("classic" or "nodes2") and theme ("dark" or "light")."""
+    wanted = {"Comfy.VueNodes.Enabled": renderer == "nodes2", "Comfy.ColorPalette": theme}
+    try:
+        for setting, value in wanted.items():
+            server.post(f"/settings/{setting}", value)
+        yield
+    finally:
+        for setting, value in USUAL_LOOK.items():
+            server.post(f"/settings/{setting}", value)
 
 
 def find_chromium() -> str | None:
@@ -145,6 +165,12 @@ def screenshot(page: Page, path: Path) -> Path:
         page.wait_for_timeout(500)
     page.screenshot(path=path)
     return path
+
+
+def _note(message: Any, console: list[str]) -> None:
+    address = urlsplit(message.location.get("url", ""))
+    if message.type in ("error", "warning") and address.hostname in (None, "127.0.0.1"):
+        console.append(f"{message.type}: {message.text}")
 
 
 def _loopback_only(route: Route) -> None:

@@ -59,7 +59,7 @@ def test_every_missing_file_is_offered(path, page):
     graph = saved(path)
     load_workflow(page, graph)
     names = named(graph)
-    assert len(names) in (2, 3)
+    assert len(names) in ((0,) if "Nano" in path else (2, 3))
     assert offered(page, len(names)) == [[name, *URLS[name]] for name in names]
 
 

@@ -1,0 +1,161 @@
+"""What nodes write into themselves while they run, and inputs that grow, in both of the page's renderers.
+
+The pack ships no JavaScript: all of this is the page's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+from comfy_browser import graph_errors, load_workflow, looking, open_ui, queue_and_wait, screenshot
+from comfy_server import ComfyServer
+from graphs import node
+from single_files import example_media, template_models
+from test_workflows import kept, small
+from workflow_definitions import WORKFLOWS
+from workflow_nodes import edit, enhance, load, picture
+
+pytestmark = pytest.mark.comfy
+RENDERERS = {"classic": 1, "nodes2": 2}  # seeds: what was run before is not run again
+# Notes each text in a node together with whether a person can see it: it has a place on the page, and there it is.
+WATCH = """() => {
+    window.written = {};
+    const letters = (text) => text.replace(/[^\\\\p{L}\\\\p{N}]/gu, "");
+    window.watch = setInterval(() => {
+        for (const node of app.graph._nodes) {
+            const text = node.widgets?.find(({name}) => name === "$$node-text-preview")?.value;
+            if (!text) continue;
+            const places = document.querySelectorAll(`[data-node-id="${node.id}"], .dom-widget`);
+            const shown = [...places].some((place) => letters(place.innerText).includes(letters(text)));
+            const texts = (written[node.type] ??= []);
+            if (texts.at(-1)?.[0] !== text) texts.push([text, shown]);
+            else texts.at(-1)[1] ||= shown;
+        }
+    }, 4);
+}"""
+GROW = """async ({pictures}) => {
+    app.graph.clear();
+    const ask = LiteGraph.createNode("LanceNativeAsk"), names = [];
+    ask.pos = [600, 200];
+    app.graph.add(ask);
+    const images = () => ask.inputs.map(({name}) => name).filter((name) => name.startsWith("images."));
+    const settled = () => new Promise((resolve) => setTimeout(resolve, 300));
+    names.push(images());
+    for (let index = 0; index < pictures; index++) {
+        const source = LiteGraph.createNode("LoadImage");
+        source.pos = [100, 100 + 400 * index];
+        app.graph.add(source);
+        source.connect(0, ask, ask.inputs.findIndex(({name}) => name === `images.image_${index}`));
+        await settled();
+        names.push(images());
+    }
+    const {output} = await app.graphToPrompt();
+    return {names, sent: Object.keys(output[ask.id].inputs).filter((name) => name.startsWith("images")),
+        shown: document.querySelector(`[data-node-id="${ask.id}"]`)?.innerText ?? null};
+}"""
+SHOWN_PICTURE = """() => {
+    const node = app.graph._nodes.find(({type}) => type === "LanceNativeContextInspector");
+    const picture = document.querySelector(`[data-node-id="${node.id}"] img`) ?? node.imgs?.[0];
+    return picture ? [picture.naturalWidth, picture.naturalHeight] : null;
+}"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    from comfy_fixtures import require_comfyui
+
+    require_comfyui()
+    folder = tmp_path_factory.mktemp("front_end")
+    with ComfyServer(template_models(folder)) as running:
+        for media in example_media(folder):
+            running.upload_image(media)
+        yield running
+
+
+@pytest.fixture(params=RENDERERS)
+def opened(request, server):
+    """A page of each renderer, and its seed; nothing that a test does there makes the page complain."""
+    console = []
+    with looking(server, request.param), open_ui(server, console=console) as page:
+        yield page, RENDERERS[request.param]
+        assert graph_errors(page) == []
+    assert console == []
+
+
+def template(name, seed, **settings):
+    """A workflow at a size for a CPU, never run before."""
+    graph = small(next(copy.deepcopy(workflow.graph) for workflow in WORKFLOWS if workflow.name == name))
+    for part in graph.values():
+        part["inputs"].update({key: value for key, value in {"seed": seed, **settings}.items() if key in part["inputs"]})
+    return graph
+
+
+def run(page, graph, picture_name):
+    """What the nodes wrote into themselves, by type, in order: texts, and whether each was on the page."""
+    load_workflow(page, graph)
+    page.evaluate("() => app.graph.arrange(50)")
+    page.evaluate(WATCH)
+    queue_and_wait(page)
+    page.wait_for_timeout(500)
+    screenshot(page, kept(picture_name))
+    return page.evaluate("() => window.written")
+
+
+def test_an_answer_streams_into_its_node(opened):
+    page, seed = opened
+    question = f"What is in picture {seed}?"
+    written = run(page, template("Ask about an Image", seed, question=question, max_length=40), f"streamed {seed}.png")
+    texts = [text for text, _ in written["LanceNativeAsk"]]
+    assert len(texts) >= 3
+    assert [len(text) for text in texts] == sorted(len(text) for text in texts)
+    assert written["LanceNativeAsk"][-1][1]
+
+
+def test_size_and_steps_are_written_into_their_nodes(opened):
+    page, seed = opened
+    sizes = {"width": 96 + 16 * seed, "steps": 12}
+    written = run(page, template("Text to Image", seed, **sizes), f"stepped {seed}.png")
+    width = sizes["width"]
+    assert written["LanceNativeEmptyLatent"] == [[f"{width} x 64, 1 picture, {width // 4} tokens", True]]
+    steps = [text for text, shown in written["LanceNativeSampler"] if shown]
+    assert re.fullmatch(r"step 12 of 12, [\d.e-]+ s a step, guidance off", steps[-1])
+    every = " ".join(text for text, _ in written["LanceNativeSampler"])
+    assert re.search(r"reading \d+ tokens, then 12 steps", every)
+    assert "guidance on" in every
+
+
+def test_both_prompts_are_written_into_the_node(opened):
+    page, seed = opened
+    graph = {"load": load(), "enhance": enhance(f"a fox in the snow {seed}")}
+    graph["enhance"]["inputs"]["max_length"] = 12
+    graph["show"] = node("PreviewAny", source=["enhance", 0])
+    text, shown = run(page, graph, f"enhanced {seed}.png")["LanceNativeEnhancePrompt"][-1]
+    assert text.startswith(f"a fox in the snow {seed}\n\u2192 ")
+    assert shown
+
+
+def test_the_inspector_shows_its_picture_in_the_node(opened):
+    page, seed = opened
+    source = {"clip": ["load", 1], "context": ["edit", 0], "latent": ["edit", 1], "prompt": f"Make it night {seed}."}
+    graph = {"load": load(), **picture(), "edit": edit(image_0=["picture", 0])}
+    graph["edit"]["inputs"]["resolution"] = "image_256res"
+    graph["look"] = node("LanceNativeContextInspector", **source)
+    run(page, graph, f"inspected {seed}.png")
+    width, height = page.wait_for_function(SHOWN_PICTURE, timeout=20_000).json_value()
+    assert width > 900
+    assert height > 300
+
+
+def test_picture_inputs_grow_with_their_links(opened):
+    page, _ = opened
+    grown = page.evaluate(GROW, {"pictures": 3})
+    assert [len(names) for names in grown["names"]] == [1, 2, 3, 4]
+    assert sorted(grown["sent"]) == ["images.image_0", "images.image_1", "images.image_2"]
+    if grown["shown"] is not None:
+        assert "image_3" in grown["shown"]
+
+
+def test_the_page_loads_no_script_of_ours(server):
+    assert [path for path in server.get("/extensions") if "lance" in path.lower()] == []
