@@ -27,13 +27,15 @@ BACKGROUND, LETTERS = (24, 24, 27), (225, 225, 230)
 ONLY_THE_GRAPH = """
 body * { visibility: hidden }
 #graph-canvas, .dom-widget, .dom-widget *, [data-node-id], [data-node-id] * { visibility: visible }
+[data-node-id] .invisible, [data-node-id] .invisible * { visibility: hidden }
 """
 FILL = """([width, height]) => {
     const boxes = app.graph._nodes.map((node) => [...node.getBounding()]);
     const left = Math.min(...boxes.map(([x]) => x)), top = Math.min(...boxes.map(([, y]) => y));
     const right = Math.max(...boxes.map(([x, , wide]) => x + wide));
-    const bottom = Math.max(...boxes.map(([, y, , high]) => y + high));
+    const bottom = Math.max(...boxes.map(([, y, , high]) => y + high)) + 40;  // a button below the last one
     const margin = 30, scale = Math.min(width / (right - left + 2 * margin), height / (bottom - top + 2 * margin), 1);
+    app.canvas.show_info = false;
     app.canvas.ds.scale = scale;
     app.canvas.ds.offset = [(width / scale - left - right) / 2, (height / scale - top - bottom) / 2];
     app.canvas.setDirty(true, true);

@@ -96,7 +96,7 @@ def open_ui(
     """A page with ComfyUI's interface ready; the test is skipped when this machine has no browser.
 
     width, height: of the window, in pixels of the screen. zoom: the browser's own. console: takes the page's warnings and
-    errors, but for those about addresses beyond the loopback.
+    errors once it is ready, and before that those that name this pack (the page itself has some then).
     """
     executable = find_chromium()
     if executable is None or importlib.util.find_spec("playwright") is None:
@@ -117,6 +117,8 @@ def open_ui(
             page.on("pageerror", lambda error: console.append(f"uncaught: {error}"))
         page.goto(server.url)
         page.wait_for_function("window.startedBlank", timeout=READY_SECONDS * 1000)
+        if console is not None:
+            console[:] = [text for text in console if "lance" in text.lower()]
         yield page
         browser.close()
 
@@ -170,7 +172,7 @@ def screenshot(page: Page, path: Path) -> Path:
 def _note(message: Any, console: list[str]) -> None:
     address = urlsplit(message.location.get("url", ""))
     if message.type in ("error", "warning") and address.hostname in (None, "127.0.0.1"):
-        console.append(f"{message.type}: {message.text}")
+        console.append(f"{message.type}: {message.text} {address.path}")
 
 
 def _loopback_only(route: Route) -> None:
