@@ -41,10 +41,10 @@ from nano.parts import CONFIG, make_lance, make_tokenizer, make_vision  # noqa: 
 from nano.world import draw_clip, draw_scene, render, render_clip  # noqa: E402
 
 SHARES = {
-    "t2i": 0.30, "image_edit": 0.22, "x2t_image": 0.14, "t2v": 0.08, "i2v": 0.06, "subject_image": 0.09,
-    "video_edit": 0.04, "subject_video": 0.03, "x2t_video": 0.04,
+    "t2i": 0.16, "image_edit": 0.16, "x2t_image": 0.36, "t2v": 0.06, "i2v": 0.05, "subject_image": 0.07,
+    "video_edit": 0.05, "subject_video": 0.03, "x2t_video": 0.06,
 }  # fmt: skip
-BATCH, CLIP_BATCH = 16, 6
+BATCH, CLIP_BATCH, ANSWER_BATCH = 16, 6, 32
 SHIFT = 3.5  # of the noise levels, as in the schedule that draws
 ANSWER_WEIGHT = 0.5
 AVERAGED = 0.998
@@ -184,8 +184,8 @@ class Trainer:
         torch.manual_seed(seed)
         self.work, self.stage, self.steps, self.rate, self.step, self.spent = work, stage, steps, rate, 0, 0.0
         self.nets = torch.nn.ModuleDict({"lance": make_lance(), "vision": make_vision()})
-        if stage == "lance" and (work / "answers.pt").is_file():
-            self.nets.load_state_dict(torch.load(work / "answers.pt", weights_only=True)["nets"])
+        if (work / "vision.pt").is_file():
+            self.nets["vision"].load_state_dict(torch.load(work / "vision.pt", weights_only=True))
         self.averaged = copy.deepcopy(self.nets).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.nets.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -199,7 +199,7 @@ class Trainer:
 
     def _pool(self, sequencer: Sequencer, task: str, seed: int) -> Iterator[Batch]:
         clips = task in VIDEO_TASKS
-        size, uses = (CLIP_BATCH, 5) if clips else (BATCH, 3)
+        size, uses = (CLIP_BATCH, 5) if clips else (ANSWER_BATCH if task in UNDERSTANDING_TASKS else BATCH, 3)
         return Pool(sequencer, task, size, random.Random(f"{seed} {task} {self.step}"), 20 * size, uses).batches()
 
     def _resume(self) -> None:
