@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
+from .commands import COMMANDS
 from .files import VIT_CHOICES
 from .guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
 from .media import check_suffix, read_image, read_video, write_image, write_video
@@ -36,6 +37,10 @@ examples:
   python -m lance_runtime image_edit --model Lance --image fox.png --prompt "Make it night." --output night.png
   python -m lance_runtime t2v --model Lance --prompt "A fox runs towards the camera" --frames 49 --output fox.mp4
   python -m lance_runtime x2t_image --model Lance --image fox.png --question "What animal is it?"
+
+commands (each with a --help of its own):
+  quantize       write a smaller checkpoint for ComfyUI (fp8, int8, nvfp4, mxfp8) and say what it costs
+  convert        make a quantised file bfloat16 again
 
 --model is the folder that holds Lance_3B/, Lance_3B_Video/, Qwen2.5-VL-ViT/ and Wan2.2_VAE.pth as on the hub
 (bytedance-research/Lance). Long, literal prompts that name camera and motion work best; 30 steps, shift 3.5 and
@@ -194,9 +199,10 @@ class Progress:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on what is wrong."""
-    options = build_parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    command = COMMANDS.get(arguments[0]) if arguments else None
     try:
-        print(run(options))
+        print(command(arguments[1:]) if command else run(build_parser().parse_args(arguments)))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
