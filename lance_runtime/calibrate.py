@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,8 @@ def compare(
 ) -> Comparison:
     """Run a pipeline, put a quantised file's weights in the place of its own (they stay there), and run it again.
 
-    The inputs are the first run's own: pictures on their way, and what it says about them. progress: called with (runs
-    done, runs in all).
+    Where ComfyUI quantises the inputs of a weight as well (int8), so does the second run. The samples are the first run's
+    own: pictures on their way, and what it says about them. progress: called with (runs done, runs in all).
     """
     settings = (settings or Settings()).complete()
     count = len(settings.prompts) * (len(PLACES) + 1)
@@ -100,7 +100,7 @@ def compare(
         _tell(progress, index + 1, len(settings.prompts) + 2 * count)
     total = len(settings.prompts) + 2 * count
     before = _trace(pipe, samples, lambda done: _tell(progress, len(settings.prompts) + done, total))
-    _put(pipe.components.model, weights, pipe.components.dtype, pipe.components.device)
+    put(pipe.components.model, weights, pipe.components.dtype, pipe.components.device)
     after = _trace(pipe, samples, lambda done: _tell(progress, len(settings.prompts) + count + done, total))
     return _compared(samples, before, after)
 
@@ -153,11 +153,19 @@ def _recorder(trace: Trace, kind: str) -> Callable[[int, Callable[[Streams], Str
     return around
 
 
-def _put(model: nn.Module, weights: Plain, dtype: torch.dtype, device: torch.device) -> None:
+def put(model: nn.Module, weights: Plain, dtype: torch.dtype, device: torch.device) -> None:
+    """A file's quantised weights in the place of a network's own, one at a time, and what ComfyUI does to their inputs."""
     for name in weights.layers:
         owner, _, leaf = name.rpartition(".")
         parameter = nn.Parameter(weights[name].to(device, dtype), requires_grad=False)
-        model.get_submodule(owner).register_parameter(leaf, parameter)
+        module, rounded = model.get_submodule(owner), weights.layers[name].kind.inputs
+        module.register_parameter(leaf, parameter)
+        if rounded is not None:
+            module.register_forward_pre_hook(partial(_with_inputs, rounded))
+
+
+def _with_inputs(rounded: Callable[[Tensor], Tensor], _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (rounded(inputs[0]),)
 
 
 def _compared(samples: Sequence[Sample], before: Trace, after: Trace) -> Comparison:

@@ -19,9 +19,6 @@ from .saving import Piece, Spec, check_new, write_tensors
 SCOPES = ("gen", "und", "both")
 # A decoder layer's linear weights, and the layer's number.
 LINEAR = re.compile(r"language_model\.model\.layers\.(\d+)\.(self_attn|mlp(_moe_gen)?)\.\w+_proj(_moe_gen)?\.weight")
-# Weights are small in memory and multiplied in the type that the model computes in. Without this, ComfyUI's kernels would
-# quantise the inputs as well, fp8 with no scale at all: cut at 448, where Qwen2.5's activations reach thousands.
-SETTINGS = {"full_precision_matrix_mult": True}
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def copied(tensors: Mapping[str, Tensor], name: str, source: str) -> Piece:
 
 
 def _quantised(file: TensorFile, name: str, source: str, kind: Format, errors: dict[str, float]) -> Piece:
-    layer, said = name.removesuffix(".weight"), json.dumps({"format": kind.name, **SETTINGS})
+    layer, said = name.removesuffix(".weight"), json.dumps({"format": kind.name, **kind.settings})
     note = torch.tensor(list(said.encode()), dtype=torch.uint8)
 
     def named(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

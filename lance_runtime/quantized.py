@@ -12,7 +12,8 @@ in, and with other scales it would round twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,10 @@ NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
 # cuBLAS reads block scales in tiles of 128 rows by 4 blocks, whose rows r, r + 32, r + 64 and r + 96 lie side by side.
 TILE_ROWS, TILE_COLUMNS, TILE_LANES = 128, 4, 32
 
+# Weights are small in memory and multiplied in the type that the model computes in. Without this, ComfyUI's kernels would
+# quantise the inputs as well, fp8 with no scale at all: cut at 448, where Qwen2.5's activations reach thousands.
+FULL_PRECISION: Mapping[str, Any] = MappingProxyType({"full_precision_matrix_mult": True})
+
 Parts = Mapping[str, Tensor]
 
 
@@ -32,7 +37,8 @@ class Format(NamedTuple):
     """A way to store a weight (out, in).
 
     name: ComfyUI's. encode: float32 -> its parts. decode: its parts -> float32. shape: of the whole weight, from that of
-    the stored one. multiple: what rows and columns must be multiples of.
+    the stored one. multiple: what rows and columns must be multiples of. settings: what ComfyUI is told beside the name.
+    inputs: what ComfyUI does to what is multiplied with the weight, None for nothing.
     """
 
     name: str
@@ -40,6 +46,8 @@ class Format(NamedTuple):
     decode: Callable[[Parts], Tensor]
     shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda stored: stored
     multiple: int = 1
+    settings: Mapping[str, Any] = FULL_PRECISION
+    inputs: Callable[[Tensor], Tensor] | None = None
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and not any(size % self.multiple for size in shape)
@@ -81,6 +89,12 @@ def decode_int8(parts: Parts) -> Tensor:
     """int8 (out, in) times one scale, or one a row (out, 1)."""
     scale = parts["weight_scale"].float()
     return parts["weight"].float() * (scale[:, None] if scale.ndim == 1 and scale.numel() > 1 else scale)
+
+
+def round_rows_to_int8(x: Tensor) -> Tensor:
+    """Inputs (..., in) as ComfyUI multiplies them with int8 weights, whatever it is told: int8 with a scale a token."""
+    scale = (x.float().abs().amax(dim=-1, keepdim=True) / INT8_MAX).clamp(min=1e-30)
+    return ((x.float() / scale).round() * scale).to(x.dtype)
 
 
 def encode_nvfp4(weight: Tensor) -> dict[str, Tensor]:
@@ -181,7 +195,7 @@ def _twice_as_wide(stored: tuple[int, ...]) -> tuple[int, ...]:
 # What ``quantize`` writes, by the names of the command line.
 FORMATS = {
     "fp8": Format("float8_e4m3fn", encode_fp8, decode_fp8),
-    "int8": Format("int8_tensorwise", encode_int8, decode_int8),
+    "int8": Format("int8_tensorwise", encode_int8, decode_int8, settings={}, inputs=round_rows_to_int8),
     "nvfp4": Format("nvfp4", encode_nvfp4, decode_nvfp4, _twice_as_wide, NVFP4_BLOCK),
     "mxfp8": Format("mxfp8", encode_mxfp8, decode_mxfp8, multiple=MXFP8_BLOCK),
 }

@@ -57,8 +57,17 @@ def weights(nodes: Any) -> dict:
         report[str(dtype)] = sum(not torch.equal(decoded(w, dtype), expected[name].to(dtype)) for name, w in found.items())
     parameters = graph.model.model.diffusion_model.named_parameters()
     report["others"] = sum(name not in found and not torch.equal(w.float(), expected[name].float()) for name, w in parameters)
-    report["bytes"] = graph.model.model_size()
+    report["linear"] = max(linear(graph.model, name, expected) for name in found if ".layers.1." in name)
     return report
+
+
+@torch.no_grad()
+def linear(model: Any, name: str, expected: Any) -> float:
+    """A layer of ComfyUI against the plain product, relative; inputs rounded where ComfyUI rounds them."""
+    layer, rounded = model.model.diffusion_model.get_submodule(name.removesuffix(".weight")), expected.layers[name].kind.inputs
+    x = torch.randn(1, 7, expected.shapes[name][1], generator=torch.Generator().manual_seed(0))
+    bias = None if layer.bias is None else layer.bias.float()
+    return relative(layer(x), torch.nn.functional.linear(x if rounded is None else rounded(x), expected[name], bias))
 
 
 def lora() -> dict[str, torch.Tensor]:

