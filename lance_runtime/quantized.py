@@ -23,6 +23,8 @@ E4M3_MAX, E2M1_MAX, INT8_MAX = 448.0, 6.0, 127
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_BIAS = 127
 NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
+# Four-bit codes take several times the memory on their way: rows go in groups.
+ROWS_AT_ONCE = 512
 # cuBLAS reads block scales in tiles of 128 rows by 4 blocks, whose rows r, r + 32, r + 64 and r + 96 lie side by side.
 TILE_ROWS, TILE_COLUMNS, TILE_LANES = 128, 4, 32
 
@@ -100,23 +102,29 @@ def round_rows_to_int8(x: Tensor) -> Tensor:
 def encode_nvfp4(weight: Tensor) -> dict[str, Tensor]:
     """E2M1 in blocks of 16 inputs: two in a byte, the first one high; E4M3 block scales, and a scale over all."""
     whole = _power_of_two_above(weight.abs().amax() / (E4M3_MAX * E2M1_MAX))
-    blocks = weight.unflatten(1, (-1, NVFP4_BLOCK))
-    scales = (blocks.abs().amax(dim=2) / (E2M1_MAX * whole)).to(torch.float8_e4m3fn)
-    divisor = scales.float() * whole
-    scaled = blocks / torch.where(divisor > 0, divisor, 1.0)[..., None]
-    codes = _to_e2m1(torch.where(divisor[..., None] > 0, scaled, 0.0)).flatten(1)
-    packed = codes[:, 0::2] << 4 | codes[:, 1::2]
-    tiled = tile_scales(scales.view(torch.uint8)).view(torch.float8_e4m3fn)
+    made = [_nvfp4_rows(rows, whole) for rows in weight.split(ROWS_AT_ONCE)]
+    packed, scales = (torch.cat(parts) for parts in zip(*made, strict=True))
+    tiled = tile_scales(scales).view(torch.float8_e4m3fn)
     return {"weight": packed, "weight_scale": tiled, "weight_scale_2": whole}
 
 
+def _nvfp4_rows(rows: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed codes and block scales, in bytes."""
+    blocks = rows.unflatten(1, (-1, NVFP4_BLOCK))
+    scales = (blocks.abs().amax(dim=2) / (E2M1_MAX * whole)).to(torch.float8_e4m3fn)
+    divisor = (scales.float() * whole)[..., None]
+    codes = _to_e2m1(torch.where(divisor > 0, blocks / divisor, 0.0)).flatten(1)
+    return codes[:, 0::2] << 4 | codes[:, 1::2], scales.view(torch.uint8)
+
+
 def decode_nvfp4(parts: Parts) -> Tensor:
-    packed = parts["weight"]
-    values = _from_e2m1(torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1))
+    packed, whole = parts["weight"], parts["weight_scale_2"].float()
     stored = parts["weight_scale"].view(torch.uint8)
-    scales = untile_scales(stored, values.shape[0], values.shape[1] // NVFP4_BLOCK).view(torch.float8_e4m3fn)
-    whole = parts["weight_scale_2"].float()
-    return (values.unflatten(1, (-1, NVFP4_BLOCK)) * (scales.float() * whole)[..., None]).flatten(1)
+    scales = (
+        untile_scales(stored, packed.shape[0], 2 * packed.shape[1] // NVFP4_BLOCK).view(torch.float8_e4m3fn).float() * whole
+    )
+    chunks = zip(packed.split(ROWS_AT_ONCE), scales.split(ROWS_AT_ONCE), strict=True)
+    return torch.cat([_scaled_e2m1(torch.stack([rows >> 4, rows & 15], dim=-1), own) for rows, own in chunks])
 
 
 def encode_mxfp8(weight: Tensor) -> dict[str, Tensor]:
@@ -152,8 +160,8 @@ def decode_community_nvfp4(parts: Parts) -> Tensor:
     """
     scales = parts.get("scales_bf16")
     found = parts["scales_fp8"].view(torch.float8_e4m3fn).float() if scales is None else scales.float()
-    values = _from_e2m1(_low_first(parts["qweight"]))
-    return (values.unflatten(1, (found.shape[1], -1)) * found[..., None]).flatten(1)
+    chunks = zip(parts["qweight"].split(ROWS_AT_ONCE), found.split(ROWS_AT_ONCE), strict=True)
+    return torch.cat([_scaled_e2m1(_low_first(rows), own) for rows, own in chunks])
 
 
 def tile_scales(scales: Tensor) -> Tensor:
@@ -173,15 +181,17 @@ def untile_scales(stored: Tensor, rows: int, columns: int) -> Tensor:
 
 def _to_e2m1(x: Tensor) -> Tensor:
     """The nearest of E2M1's numbers as a code of 4 bits (the sign is the highest); a tie goes to the even code."""
-    values = torch.tensor(E2M1_VALUES, device=x.device)
-    middles = (values[1:] + values[:-1]) / 2
-    low, high = (torch.bucketize(x.abs(), middles, out_int32=True, right=right) for right in (False, True))
-    return (torch.where(low % 2 == 0, low, high) + 8 * x.signbit()).to(torch.uint8)
+    size = x.abs().clamp(max=E2M1_MAX)
+    # Steps of 1/2 up to 2, of 1 up to 4, then of 2; codes count on from 4 and from 6.
+    code = torch.where(size < 2, (2 * size).round(), torch.where(size < 4, size.round() + 2, (size / 2).round() + 4))
+    return code.to(torch.uint8) + 8 * x.signbit().to(torch.uint8)
 
 
-def _from_e2m1(codes: Tensor) -> Tensor:
+def _scaled_e2m1(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes (rows, ...) in order, times scales (rows, blocks) -> float32 (rows, in)."""
     values = torch.tensor(E2M1_VALUES)
-    return torch.cat([values, -values]).to(codes.device)[codes.int()]
+    table = torch.cat([values, -values]).to(codes.device)
+    return (table[codes.flatten(1).int()].unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
 
 
 def _low_first(packed: Tensor) -> Tensor:
