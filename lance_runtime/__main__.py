@@ -79,6 +79,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: the accelerator that torch finds)")
     group.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on an accelerator, float32 on a CPU")
     group.add_argument("--offload", choices=OFFLOAD_KINDS, default="none", help="keep parts of the model off the device")
+    group.add_argument("--tiled-vae", action="store_true", help="encode and decode pictures in tiles, in less memory")
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +148,8 @@ def run(options: argparse.Namespace) -> str:
     arguments = arguments_of(options)
     variant = options.variant or ("video" if options.task in VIDEO_TASKS else "image")
     dtype = DTYPES.get(options.dtype)
-    pipe = LancePipeline.from_pretrained(options.model, variant, options.device, dtype, options.vit, options.offload)
+    how = (options.device, dtype, options.vit, options.offload, options.tiled_vae)
+    pipe = LancePipeline.from_pretrained(options.model, variant, *how)
     with Progress(options.task) as progress:
         out = pipe(options.task, options.prompt, progress=progress, **arguments)
     return save(out, output, options.task)

@@ -26,6 +26,7 @@ ORDER = [
     "model.transformer",
     "model.vision",
     "engine",
+    "tiling",
     "vae",
     "kv_cache",
     "prefill",
