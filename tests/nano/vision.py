@@ -23,11 +23,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from lance_runtime.preprocess import vit_patches  # noqa: E402
 from nano.parts import IMAGE_PRESET, VISION, make_vision  # noqa: E402
 from nano.vae import schedule  # noqa: E402
 from nano.world import BACKGROUNDS, COLOURS, SHAPES, SIDE, Scene, draw_clip, draw_scene, outline, render  # noqa: E402
-
-from lance_runtime.preprocess import vit_patches  # noqa: E402
 
 CELLS = 4  # merged tokens a side
 BATCH = 32
