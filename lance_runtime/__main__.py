@@ -1,17 +1,17 @@
-"""The command line: ``python -m lance_runtime TASK --model FOLDER ...`` and ``python -m lance_runtime download``."""
+"""The command line: ``python -m lance_runtime TASK --model FOLDER ...`` and its commands (``commands.py``)."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
 
+from .commands import COMMANDS
 from .files import NANO, VIT_CHOICES
 from .guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
 from .media import check_suffix, read_image, read_video, write_image, write_video
@@ -32,15 +32,17 @@ EPILOG = """tasks:
   x2t_image      an answer to --question about one or more --image (no question: a caption)
   x2t_video      an answer to --question about --video
 
-weights:
-  python -m lance_runtime download --to ComfyUI/models          (its own --help says more)
-
 examples:
   python -m lance_runtime t2i --prompt "a big red star on a pink background" --output star.png
   python -m lance_runtime t2i --model Lance --prompt "A red fox in the snow, close-up" --output fox.png
   python -m lance_runtime image_edit --model Lance --image fox.png --prompt "Make it night." --output night.png
   python -m lance_runtime t2v --model Lance --prompt "A fox runs towards the camera" --frames 49 --output fox.mp4
   python -m lance_runtime x2t_image --model Lance --image fox.png --question "What animal is it?"
+
+commands (each with a --help of its own):
+  download       fetch the weights from the hub into ComfyUI's model folders
+  quantize       write a smaller checkpoint for ComfyUI (fp8, int8, nvfp4, mxfp8) and say what it costs
+  convert        make a quantised file bfloat16 again
 
 --model is the folder that holds Lance_3B/, Lance_3B_Video/, Qwen2.5-VL-ViT/ and Wan2.2_VAE.pth as on the hub
 (bytedance-research/Lance), or ComfyUI's models folder with them in its own folders. Long, literal prompts that name
@@ -70,24 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_download_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m lance_runtime download",
-        description="Fetch Lance's weights from the hub into ComfyUI's model folders. What is there is checked and kept, what "
-        "was interrupted goes on where it stopped, and how much disk it takes is said before anything is fetched.",
-    )
-    parser.add_argument(
-        "--variant",
-        choices=("image", "video", "all"),
-        default="image",
-        help="for pictures (with the vision tower), for clips, or both (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--to", type=Path, metavar="MODELS", help="ComfyUI's models folder (default: that of the ComfyUI around this pack)"
-    )
-    return parser
-
-
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -104,6 +88,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: the accelerator that torch finds)")
     group.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on an accelerator, float32 on a CPU")
     group.add_argument("--offload", choices=OFFLOAD_KINDS, default="none", help="keep parts of the model off the device")
+    group.add_argument("--tiled-vae", action="store_true", help="encode and decode pictures in tiles, in less memory")
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +157,8 @@ def run(options: argparse.Namespace) -> str:
     arguments = arguments_of(options)
     variant = options.variant or ("video" if options.task in VIDEO_TASKS else "image")
     dtype = DTYPES.get(options.dtype)
-    pipe = LancePipeline.from_pretrained(options.model, variant, options.device, dtype, options.vit, options.offload)
+    how = (options.device, dtype, options.vit, options.offload, options.tiled_vae)
+    pipe = LancePipeline.from_pretrained(options.model, variant, *how)
     with Progress(options.task) as progress:
         out = pipe(options.task, options.prompt, progress=progress, **arguments)
     return save(out, output, options.task)
@@ -222,37 +208,17 @@ class Progress:
             self.bar.close()
 
 
-def fetch(options: argparse.Namespace) -> str:
-    """Download a variant; returns the line to print at the end."""
-    if not Path(__file__).with_name("download.py").is_file():
-        raise ValueError(
-            "This copy holds no download.py: the registry's archive leaves out what talks to the network.\n"
-            "Run the command in a git clone, or fetch the files by hand as the README says."
-        )
-    from .download import Hub, download, make_plan, models_around
-
-    models = options.to or models_around(Path(__file__))
-    if models is None:
-        raise ValueError("This pack is in no ComfyUI's custom_nodes.\nSay where the files are to go: --to .../ComfyUI/models")
-    hub = Hub()
-    plan = make_plan(models, options.variant, hub)
-    print(*plan.lines(), sep="\n", flush=True)
-    download(plan, hub, partial(print, flush=True))
-    return f"{len(plan.files)} files of the {options.variant} variant are complete in {models}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on what is wrong."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    downloads = words[:1] == ["download"]
-    options = build_download_parser().parse_args(words[1:]) if downloads else build_parser().parse_args(words)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    command = COMMANDS.get(arguments[0]) if arguments else None
     try:
-        print((fetch if downloads else run)(options))
+        print(command(arguments[1:]) if command else run(build_parser().parse_args(arguments)))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if not downloads:
+        if command is not COMMANDS["download"]:
             raise
         print("stopped: the same command goes on from here", file=sys.stderr)
         return 130

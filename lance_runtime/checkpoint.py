@@ -21,6 +21,9 @@ VIT_PREFIX = "vit_model."
 # Rows of the position table that Lance_3B carries (one latent frame of 64 x 64); the video checkpoint's has more frames.
 IMAGE_TABLE_ROWS = 64 * 64
 ANY_VARIANT = "any"
+# What tells weights that ComfyUI's own machinery quantised: a tensor a layer, a header entry, or the first way of all.
+QUANT_TENSOR, QUANT_HEADER, OLD_QUANT_TENSOR = ".comfy_quant", "_quantization_metadata", "scaled_fp8"
+SCALE_NAMES = (".weight_scale", ".scales", ".scale_weight")
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -125,7 +128,10 @@ def _canonical(stored: Iterable[str], rules: tuple[KeyRule, ...]) -> dict[str, s
 
 
 def model_tensors(file: TensorFile) -> Renamed:
-    """The decoder's and the glue's tensors of a Lance checkpoint; ``ValueError`` names what any other file is."""
+    """The decoder's and the glue's tensors of a Lance checkpoint; ``ValueError`` names what any other file is.
+
+    They are those that are stored: ``dequantize.plain_tensors`` gives whole weights for quantised ones.
+    """
     check_is_lance(file)
     return Renamed(file, _canonical(file, MODEL_RULES))
 
@@ -161,13 +167,20 @@ def guess_variant(file: TensorFile) -> str | None:
     return "image" if "lance_3b" in f"{file.path.parent.name}/{file.path.name}".lower() else None
 
 
+def is_quantised(file: TensorFile) -> bool:
+    """Whether weights of a file are quantised in a way that ComfyUI reads natively."""
+    marked = any(name.endswith((QUANT_TENSOR, OLD_QUANT_TENSOR)) for name in file)
+    return marked or QUANT_HEADER in file.metadata
+
+
 def check_is_lance(file: TensorFile) -> None:
-    """``ValueError`` that names what the file is, unless it is a Lance checkpoint of full-precision weights."""
+    """``ValueError`` that names what the file is, unless it is a Lance checkpoint: full, or quantised as ComfyUI does."""
     what = identify(file)
     if what != "a Lance checkpoint":
+        convert = "Convert it with python -m lance_runtime convert, or use" if "conversion" in what else "Use"
         raise ValueError(
             f"{file.path.name} ({len(file)} tensors) is {what}, not a full Lance checkpoint.\n"
-            f"Use Lance_3B/model.safetensors or Lance_3B_Video/model.safetensors of {HUB}."
+            f"{convert} Lance_3B/model.safetensors or Lance_3B_Video/model.safetensors of {HUB}."
         )
 
 
@@ -176,8 +189,10 @@ def identify(file: TensorFile) -> str:
     names = list(file)
     gen = any("_moe_gen" in name for name in names)
     if any(name.endswith(".qweight") for name in names):
-        return "an AWQ-INT4 conversion of Lance" if gen else "an AWQ-INT4 conversion"
-    if gen and ("nvfp4" in file.path.name.lower() or any(dtype in ("U8", "F8_E4M3") for dtype in file.dtypes.values())):
+        kind = "an NVFP4" if any(name.endswith((".scales_fp8", ".scales_bf16")) for name in names) else "an AWQ-INT4"
+        return f"{kind} conversion of Lance" if gen else f"{kind} conversion"
+    scaled = "U8" in file.dtypes.values() or any(name.endswith(SCALE_NAMES) for name in names)
+    if gen and scaled and not is_quantised(file):
         return "an NVFP4 or other quantised conversion of Lance"
     if gen and not any("language_model.model." in name for name in names):
         return "an MLX conversion of Lance (no language_model prefix)"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Renamed, TensorFile, check_names, model_tensors, vit_tensors
+from .checkpoint import TensorFile, check_names, vit_tensors
 from .config import LanceConfig, VisionConfig
+from .dequantize import plain_tensors
 from .engine import Engine
 from .files import Sources
 from .model.transformer import Lance
@@ -49,7 +50,7 @@ def build_lance(config: LanceConfig) -> Lance:
 def load_components(sources: Sources, dtype: torch.dtype, device: torch.device, weights_on: torch.device) -> Components:
     """Build and load all parts. weights_on: where the weights are put first (the CPU where they are offloaded)."""
     model = build_lance(sources.config)
-    assign(model, model_tensors(sources.model), dtype, weights_on)
+    assign(model, plain_tensors(sources.model), dtype, weights_on)
     vision = build_vision(sources.vision)
     assign(vision, vit_tensors(sources.vit or sources.model), dtype, weights_on)
     restore_buffers(vision, weights_on)
@@ -58,7 +59,7 @@ def load_components(sources: Sources, dtype: torch.dtype, device: torch.device, 
     return Components(model, vision, vae, sources.tokenizer, sources.vision, device, dtype)
 
 
-def assign(module: nn.Module, tensors: Renamed | Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
     """Put tensors into a module on the meta device, one at a time, cast on the way; ``ValueError`` unless all fit.
 
     At most the module and one tensor are in memory. On the CPU, tensors that need no cast stay mapped to the file.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from .checkpoint import ANY_VARIANT, HUB, TensorFile, check_is_lance, guess_variant, has_own_vit, identify
+from .checkpoint import ANY_VARIANT, HUB, QUANT_HEADER, TensorFile, check_is_lance, guess_variant, has_own_vit, identify
 from .config import LanceConfig, VisionConfig
 from .tokenizer import LanceTokenizer
 
@@ -21,6 +21,14 @@ NANO = Path(__file__).with_name("nano")
 VIT_CHOICES = ("auto", "checkpoint", "standalone")
 # ComfyUI's own folders under models/: the hub's tree lies in them part by part.
 MODEL_HOME, VIT_HOME, VAE_HOME = "diffusion_models", "text_encoders", "vae"
+# What a single file carries in its header, and where it lies on the hub.
+HEADER_FILES = {
+    "llm_config_json": "llm_config.json",
+    "tokenizer_json": "tokenizer.json",
+    "tokenizer_config_json": "tokenizer_config.json",
+    "vocab_json": "vocab.json",
+    "merges_txt": "merges.txt",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ def find_sources(path: Path, variant: str, vit: str = "auto") -> Sources:
     "standalone" insist. ``FileNotFoundError`` says which file, where it was looked for and where to get it.
     """
     _check_choices(path, variant, vit)
-    model = TensorFile(_find_model(path, variant))
+    model = TensorFile(find_model(path, variant))
     check_is_lance(model)
     home = path if path.is_dir() else path.parent
     tower = None if _uses_own_vit(model, vit) else TensorFile(_find_vit(home))
@@ -79,6 +87,13 @@ def read_tokenizer(file: TensorFile) -> LanceTokenizer:
     return LanceTokenizer.from_metadata(file.metadata) or LanceTokenizer.from_folder(file.path.parent)
 
 
+def header_of(file: TensorFile, folder: Path | None = None) -> dict[str, str]:
+    """Metadata for a copy of the file that stands alone: its own, and the small files beside it (or in ``folder``)."""
+    places = {key: (folder or file.path.parent) / name for key, name in HEADER_FILES.items()}
+    small = {key: path.read_text("utf-8") for key, path in places.items() if path.is_file()}
+    return {**small, **{key: value for key, value in file.metadata.items() if key != QUANT_HEADER}}
+
+
 def _parsed(text: str, name: str) -> dict:
     try:
         return json.loads(text)
@@ -105,7 +120,8 @@ def _uses_own_vit(model: TensorFile, vit: str) -> bool:
     return own if vit == "auto" else vit == "checkpoint"
 
 
-def _find_model(path: Path, variant: str) -> Path:
+def find_model(path: Path, variant: str) -> Path:
+    """The checkpoint of a variant under a folder, or the single file itself; ``FileNotFoundError`` where there is none."""
     if path.is_file():
         return path
     fixed = [folder / VARIANT_FOLDERS[variant] / name for folder in (path, path / MODEL_HOME) for name in MODEL_NAMES]

@@ -82,19 +82,22 @@ class LancePipeline:
         dtype: torch.dtype | None = None,
         vit: str = "auto",
         offload: str = "none",
+        tiled_vae: bool = False,
     ) -> LancePipeline:
         """Load a tree as on the hub (or a single file that carries its configuration, with ViT and VAE beside it).
 
         variant: "image" (t2i, image_edit, subject_image, x2t_image) or "video" (the other tasks). device, dtype: by
         default the accelerator in bfloat16, or the CPU in float32. vit: the vision tower, "checkpoint" (the file's own),
         "standalone" (the separate one) or "auto" (its own where it has one, as the reference). offload: "none", "model"
-        (one part at a time on the device) or "layer". Raises ``FileNotFoundError`` and ``ValueError`` that name the file.
+        (one part at a time on the device) or "layer". tiled_vae: pictures pass the VAE in tiles, in less memory. Raises
+        ``FileNotFoundError`` and ``ValueError`` that name the file.
         """
         check_offload(offload)
         target = checked_device(device)
         weights_on = target if offload == "none" else torch.device("cpu")
         sources = find_sources(Path(folder), variant, vit)
         components = load_components(sources, dtype or default_dtype(target), target, weights_on)
+        components.vae.tiled = tiled_vae
         add_offloading(components, offload)
         return cls(components, None if guess_variant(sources.model) == ANY_VARIANT else variant)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import check_names
+from .tiling import decode_tiled, encode_tiled
 from .types import TEMPORAL_STRIDE, LatentShape, PixelShape
 
 CHANNELS = 48
@@ -46,13 +47,14 @@ RENAMES = tuple(
 class WanVAE:
     """Encodes to and decodes from the normalised latents that Lance sees, with the posterior's mean (no noise).
 
-    ``module`` is diffusers' ``AutoencoderKLWan``, for offloading hooks and tiling. ``device`` is where inputs are sent: a
-    module whose weights a hook moves in and out cannot say it itself.
+    ``module`` is diffusers' ``AutoencoderKLWan``, for offloading hooks. ``device`` is where inputs are sent: a module whose
+    weights a hook moves in and out cannot say it itself. ``tiled``: large pictures go through in overlapping tiles, in much
+    less memory; the result differs a little, since each tile sees itself only.
     """
 
-    def __init__(self, module: Any, device: torch.device | str | None = None) -> None:
+    def __init__(self, module: Any, device: torch.device | str | None = None, tiled: bool = False) -> None:
         weight = next(module.parameters())
-        self.module, self.dtype = module, weight.dtype
+        self.module, self.dtype, self.tiled = module, weight.dtype, tiled
         self.device = torch.device(device) if device is not None else weight.device
 
     @classmethod
@@ -82,11 +84,8 @@ class WanVAE:
         """
         shape = _check_pixels(pixels)
         batch = pixels if pixels.ndim == 5 else pixels[None]
-        # The feature caches of a clip take gigabytes; an interrupted call must not keep them (nor must decode's).
-        try:
-            latents = self.module.encode(batch.to(self.device, self.dtype)).latent_dist.mode().float()
-        finally:
-            self.module.clear_cache()
+        batch = batch.to(self.device, self.dtype)
+        latents = encode_tiled(self._encode, batch) if self.tiled else self._encode(batch)
         mean, std = _statistics(latents.device)
         latents = (latents - mean) / std
         return latents.reshape(*pixels.shape[:-4], CHANNELS, *shape)
@@ -99,13 +98,24 @@ class WanVAE:
         shape = _check_latents(latents)
         mean, std = _statistics(self.device)
         batch = latents if latents.ndim == 5 else latents[None]
-        batch = batch.to(self.device, torch.float32) * std + mean
-        try:
-            pixels = self.module.decode(batch.to(self.dtype)).sample
-        finally:
-            self.module.clear_cache()
+        batch = (batch.to(self.device, torch.float32) * std + mean).to(self.dtype)
+        pixels = decode_tiled(self._decode, batch) if self.tiled else self._decode(batch)
         pixels = pixels.float().add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
         return pixels.movedim(-4, -1).reshape(*latents.shape[:-4], *shape, 3)
+
+    # The feature caches of a clip take gigabytes: an interrupted call must not keep them.
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        try:
+            return self.module.encode(pixels).latent_dist.mode().float()
+        finally:
+            self.module.clear_cache()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        try:
+            return self.module.decode(latents).sample
+        finally:
+            self.module.clear_cache()
 
 
 def original_name(key: str) -> str:

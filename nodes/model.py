@@ -17,9 +17,19 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..lance_runtime.checkpoint import ANY_VARIANT, TensorFile, check_names, guess_variant, model_tensors
+from ..lance_runtime.checkpoint import (
+    ANY_VARIANT,
+    MODEL_RULES,
+    TensorFile,
+    apply_rules,
+    check_names,
+    guess_variant,
+    model_tensors,
+)
+from ..lance_runtime.components import build_lance
 from ..lance_runtime.config import LanceConfig
 from ..lance_runtime.denoise import predict_velocity
+from ..lance_runtime.dequantize import plain_tensors
 from ..lance_runtime.engine import Engine
 from ..lance_runtime.files import read_config
 from ..lance_runtime.model.transformer import Lance, Streams
@@ -280,15 +290,13 @@ def load_model(
 ) -> comfy.model_patcher.ModelPatcher:
     """A Lance file as a patcher that ComfyUI manages; ``ValueError`` says what any other file is."""
     file = TensorFile(Path(path))
-    canonical = model_tensors(file)
-    config = LanceModelConfig(read_config(file), tokenizer, guess_variant(file))
-    state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    state = {name: state[stored] for name, stored in canonical.names.items()}
-    state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    shape = read_config(file)
+    check_names({name: tuple(value.shape) for name, value in build_lance(shape).named_parameters()}, plain_tensors(file).shapes)
+    config = LanceModelConfig(shape, tokenizer, guess_variant(file))
+    state = _state(file)
     load_device = comfy.model_management.get_torch_device()
     _set_dtypes(config, state, load_device, WEIGHT_TYPES[weight_type])
     model = config.get_model(state)
-    _check(model, canonical.shapes)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
@@ -299,12 +307,22 @@ def load_model(
     return patcher
 
 
+def _state(file: TensorFile) -> dict[str, Tensor]:
+    """A file's tensors under canonical names, quantised layers marked in the way that ComfyUI's layers read today."""
+    state, metadata = comfy.utils.load_torch_file(str(file.path), return_metadata=True)
+    state = {name: state[stored] for name, stored in model_tensors(file).names.items()}
+    state, _ = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    # The header may name layers with the prefix that their tensors had.
+    return {apply_rules(name, MODEL_RULES): tensor for name, tensor in state.items()}
+
+
 def _set_dtypes(config: LanceModelConfig, state: dict, device: torch.device, wanted: torch.dtype | None) -> None:
     """Weight and computing types by ComfyUI's own rules."""
     supported = config.supported_inference_dtypes
     quantised = comfy.utils.detect_layer_quantization(state, "")
     if quantised:
         config.quant_config = quantised
+        wanted = None if wanted is not None and wanted.itemsize == 1 else wanted  # the other layers are small on purpose
     weight_dtype = None if quantised else comfy.utils.weight_dtype(state)
     size = comfy.utils.calculate_parameters(state)
     dtype = wanted or comfy.model_management.unet_dtype(
@@ -312,8 +330,3 @@ def _set_dtypes(config: LanceModelConfig, state: dict, device: torch.device, wan
     )
     cast = comfy.model_management.unet_manual_cast(None if quantised else dtype, device, list(supported))
     config.set_inference_dtype(dtype, cast)
-
-
-def _check(model: LanceModel, shapes: dict) -> None:
-    expected = {name: tuple(value.shape) for name, value in model.diffusion_model.named_parameters()}
-    check_names(expected, shapes)

@@ -204,7 +204,6 @@ def failed(arguments, capsys):
     [
         ([], "TASK"),
         (["txt2img", *MODEL], "txt2img"),
-        (["t2i"], "--model"),
         (["t2i", *MODEL, "--colour", "red"], "--colour"),
         (["t2i", *MODEL, "--steps", "many"], "many"),
         (["t2i", *MODEL, "--renorm", "local"], "local"),

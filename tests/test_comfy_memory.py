@@ -15,10 +15,10 @@ pytestmark = pytest.mark.comfy
 SCRIPT = Path(__file__).with_name("comfy_memory_runs.py")
 
 
-def report(what: str) -> dict:
+def report(what: str, tree: Path = goldens.CHECKPOINT, script: Path = SCRIPT) -> dict:
     """What a function of the script says, run by ComfyUI's Python in a process of its own."""
     comfyui = find_comfyui()
-    command = [comfyui_python(comfyui), SCRIPT, what, ROOT, goldens.CHECKPOINT]
+    command = [comfyui_python(comfyui), script, what, ROOT, tree]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(command, cwd=comfyui, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -14,7 +14,8 @@ import pytest
 from goldens import CHECKPOINT
 from hub_server import serve
 
-from lance_runtime.__main__ import build_download_parser, main
+from lance_runtime.__main__ import main
+from lance_runtime.commands import download_parser
 from lance_runtime.download import Hub, download, make_plan, models_around, readable
 from lance_runtime.files import find_sources
 
@@ -279,7 +280,7 @@ def test_help_names_every_option(capsys):
         main(["download", "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert all(action.help for action in build_download_parser()._actions)
+    assert all(action.help for action in download_parser()._actions)
     assert "--variant" in shown
     assert "--to" in shown
 

@@ -2,9 +2,11 @@
 
 import json
 import sys
+import weakref
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,8 +19,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from goldens import CASES, PARITY, sources
 
 from lance_runtime.config import VisionConfig
+from lance_runtime.model import vision as vision_room
 from lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
-from lance_runtime.preprocess import vit_patches
+from lance_runtime.preprocess import sample_frames, vit_patches
 
 VISUAL_CASES = [name for name, case in CASES.items() if case["task"] not in ("t2i", "t2v", "i2v")]
 CONFIG = VisionConfig.from_json(json.loads((PARITY / "checkpoint/Qwen2.5-VL-ViT/config.json").read_text("utf-8")))
@@ -92,6 +95,54 @@ def test_no_tensor_grows_with_the_square_of_the_clip(monkeypatch):
     # 7 x 7 tokens of 4 patches in windows of 4 x 4: one whole, two cut on one side, one on both; and the full frames.
     assert {(batch, length) for batch, length, _ in calls} == {(40, 64), (80, 48), (40, 36), (40, 196)}
     assert largest.elements <= len(patches) * 1176 < len(patches) ** 2
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 500])
+def test_groups_of_tokens_change_nothing(monkeypatch, tokens):
+    patches, grid = patches_of((3, 18, 14)), (3, 18, 14)
+    whole = encode_vision(load(), patches, grid)
+    monkeypatch.setattr(vision_room, "TOKENS_AT_ONCE", tokens)
+    torch.testing.assert_close(encode_vision(load(), patches, grid), whole, atol=1e-5, rtol=0)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that tensors made inside held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                store = leaf.untyped_storage()
+                if store.data_ptr() not in self.sizes and store.data_ptr() not in before:
+                    self.sizes[store.data_ptr()] = store.nbytes()
+                    weakref.finalize(store, self.sizes.pop, store.data_ptr(), None)
+        self.most = max(self.most, sum(self.sizes.values()))
+        return out
+
+
+def test_a_clip_of_six_seconds_takes_less_than_two_gigabytes(monkeypatch):
+    """Two blocks of the real width in bfloat16, one with windows and one with whole frames, on an eighth of the clip.
+
+    What the blocks hold for all tokens grows with the clip; what they hold for a group of tokens does not.
+    """
+    config = VisionConfig(depth=2, fullatt_block_indexes=(1,))
+    vision = build_vision(config, dtype=torch.bfloat16, device="cpu")
+    for parameter in vision.parameters():
+        parameter.data.fill_(0.01)
+    frames = len(sample_frames(144, 24.0))
+    whole = vit_patches(np.zeros((frames, 480, 848, 3), np.uint8)[:2], "video_480p", config)[1]
+    grid, share = (4, *whole[1:]), 4 / ((frames + 1) // 2)
+    assert (frames, whole[1:]) == (69, (32, 58))
+    patches = torch.zeros(grid[0] * grid[1] * grid[2], 1176, dtype=torch.bfloat16)
+    monkeypatch.setattr(vision_room, "TOKENS_AT_ONCE", int(vision_room.TOKENS_AT_ONCE * share))
+    with torch.no_grad(), Alive() as alive:
+        encode_vision(vision, patches, grid)
+    assert 0.5e9 < (alive.most + patches.nbytes) / share < 2e9
 
 
 def test_a_given_attention_function_is_used():

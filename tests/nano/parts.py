@@ -97,9 +97,10 @@ def make_lance() -> Lance:
 
 def make_vision() -> Any:
     vision = build_vision(VISION, device="cpu").train(True).requires_grad_(True)
-    for module in vision.modules():
+    for name, module in vision.named_modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            scale = (2 * VISION.depth) ** -0.5 if name.endswith(("attn.proj", "down_proj")) else 1.0
+            nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv3d):

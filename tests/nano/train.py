@@ -41,10 +41,10 @@ from nano.parts import CONFIG, make_lance, make_tokenizer, make_vision  # noqa: 
 from nano.world import draw_clip, draw_scene, render, render_clip  # noqa: E402
 
 SHARES = {
-    "t2i": 0.30, "image_edit": 0.22, "x2t_image": 0.14, "t2v": 0.08, "i2v": 0.06, "subject_image": 0.09,
-    "video_edit": 0.04, "subject_video": 0.03, "x2t_video": 0.04,
+    "t2i": 0.16, "image_edit": 0.16, "x2t_image": 0.36, "t2v": 0.06, "i2v": 0.05, "subject_image": 0.07,
+    "video_edit": 0.05, "subject_video": 0.03, "x2t_video": 0.06,
 }  # fmt: skip
-BATCH, CLIP_BATCH = 16, 6
+BATCH, CLIP_BATCH, ANSWER_BATCH = 16, 6, 32
 SHIFT = 3.5  # of the noise levels, as in the schedule that draws
 ANSWER_WEIGHT = 0.5
 AVERAGED = 0.998
@@ -84,18 +84,22 @@ def noise_levels(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def sequence_states(model: Lance, vision: Any, batch: Batch, latents: Tensor | None, times: Tensor | None) -> Streams:
-    """The whole sequence in one pass with an explicit mask; latents (B, C, T, H, W) at flow times (B, T)."""
+    """States behind the shared opening, in one pass with an explicit mask; latents (B, C, T, H, W) at flow times (B, T).
+
+    The opening (the system sentence) is the same text for all of a batch: it is read once, not once a sample.
+    """
     embed, size, splits = model.language_model.model.embed_tokens, batch.size, batch.layout.splits
     seen = None if batch.patches is None else _vit(vision, batch.patches, batch.grids).unflatten(0, (size, -1))
     und, gen, und_rows, gen_rows, start, read = [], [], [], [], 0, 0
     boundary = embed(torch.tensor([[batch.layout.vision.start, batch.layout.vision.end]])).expand(size, -1, -1)
+    shared = len(splits[0]) if bool((batch.ids[0] == batch.ids[0][:1]).all()) else 0
     for index, split in enumerate(splits):
         segment, end = split.segment, start + len(split)
         if index in batch.ids:
-            und.append(embed(batch.ids[index]))
-            und_rows += range(start, end)
-        elif segment.modality == Modality.VIT:
-            assert seen is not None
+            if end > shared:
+                und.append(embed(batch.ids[index]))
+                und_rows += range(start, end)
+        elif segment.modality == Modality.VIT and seen is not None:
             und += [boundary[:, :1], seen[:, read : read + segment.grid.tokens], boundary[:, 1:]]
             und_rows += range(start, end)
             read += segment.grid.tokens
@@ -108,21 +112,44 @@ def sequence_states(model: Lance, vision: Any, batch: Batch, latents: Tensor | N
             gen.append(model.embed_latents(values, times if segment.modality == Modality.TARGET else clean, places))
             gen_rows += range(start + 1, end - 1)
         start = end
-    return _through(model, batch, Streams(torch.cat(und, 1), torch.cat(gen, 1) if gen else None), und_rows, gen_rows)
+    hidden = Streams(torch.cat(und, 1), torch.cat(gen, 1) if gen else None)
+    opening = _opening(model, batch, embed(batch.ids[0][:1]), shared) if shared else None
+    return _through(model, batch, hidden, torch.tensor(und_rows), torch.tensor(gen_rows), opening)
 
 
-def _through(model: Lance, batch: Batch, hidden: Streams, und_rows: list[int], gen_rows: list[int]) -> Streams:
-    order = torch.tensor(und_rows + gen_rows)
-    mask = visible(batch.layout.split_lens, batch.layout.attn_modes)[order][:, order]
+Keys = list[tuple[Tensor, Tensor]]  # of each layer, (1, heads, L, d), and values
+
+
+def _opening(model: Lance, batch: Batch, embedded: Tensor, length: int) -> Keys:
+    """Keys and values of the text that all samples begin with."""
+    kept: Keys = []
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kept.append((k, v))
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    rope = rope_table(CONFIG, batch.layout.positions[:, :length], torch.float32)
+    model.run_layers(Streams(embedded), Streams(rope), attend)
+    return kept
+
+
+def _through(model: Lance, batch: Batch, hidden: Streams, und_rows: Tensor, gen_rows: Tensor, opening: Keys | None) -> Streams:
+    order, count = torch.cat([und_rows, gen_rows]).long(), len(und_rows)
+    first = len(batch.layout.splits[0]) if opening else 0
+    sees = torch.cat([torch.arange(first), order])
+    mask = visible(batch.layout.split_lens, batch.layout.attn_modes)[order][:, sees]
     rope = rope_table(CONFIG, batch.layout.positions[:, order], torch.float32)
-    count, heads = len(und_rows), CONFIG.num_attention_heads
     parts = [Rope(*(part[:, :, rows] for part in rope)) for rows in (slice(0, count), slice(count, None))]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (k, v))
+        if opening:
+            before = (part.expand(len(q), -1, -1, -1) for part in opening[layer])
+            k, v = (torch.cat(pair, dim=2) for pair in zip(before, (k, v), strict=True))
+        k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
-    return model.run_layers(hidden, Streams(parts[0], parts[1] if gen_rows else None), attend)
+    return model.run_layers(hidden, Streams(parts[0], parts[1] if len(gen_rows) else None), attend)
 
 
 def _vit(vision: Any, patches: Tensor, grids: Tensor | None) -> Tensor:
@@ -157,13 +184,14 @@ class Trainer:
         torch.manual_seed(seed)
         self.work, self.stage, self.steps, self.rate, self.step, self.spent = work, stage, steps, rate, 0, 0.0
         self.nets = torch.nn.ModuleDict({"lance": make_lance(), "vision": make_vision()})
-        if stage == "lance" and (work / "answers.pt").is_file():
-            self.nets.load_state_dict(torch.load(work / "answers.pt", weights_only=True)["nets"])
+        if (work / "vision.pt").is_file():
+            self.nets["vision"].load_state_dict(torch.load(work / "vision.pt", weights_only=True))
         self.averaged = copy.deepcopy(self.nets).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.nets.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self._resume()
-        make_tokenizer().save(str(work / "tokenizer.json"))
+        if not (work / "tokenizer.json").is_file():  # every stage reads with the same words
+            make_tokenizer().save(str(work / "tokenizer.json"))
         self.shares = SHARES if stage == "lance" else {task: SHARES[task] for task in UNDERSTANDING_TASKS}
         encode = FrozenVAE(work).encode if stage == "lance" else None
         sequencer = Sequencer(LanceTokenizer.from_folder(work), encode)
@@ -171,7 +199,7 @@ class Trainer:
 
     def _pool(self, sequencer: Sequencer, task: str, seed: int) -> Iterator[Batch]:
         clips = task in VIDEO_TASKS
-        size, uses = (CLIP_BATCH, 4) if clips else (BATCH, 2)
+        size, uses = (CLIP_BATCH, 5) if clips else (ANSWER_BATCH if task in UNDERSTANDING_TASKS else BATCH, 3)
         return Pool(sequencer, task, size, random.Random(f"{seed} {task} {self.step}"), 20 * size, uses).batches()
 
     def _resume(self) -> None:

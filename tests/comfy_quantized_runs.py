@@ -1,0 +1,117 @@
+"""Quantised checkpoints inside one process of ComfyUI's Python; see ``comfy_memory_runs.py``, whose parts this uses.
+
+The tree is as on the hub, its image checkpoint quantised.
+"""
+
+# ruff: noqa: I001  (this must come before all else of ComfyUI: it tells ComfyUI of the CPU)
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent))
+
+import comfy_memory_runs as runs
+import comfy.sd
+import comfy.model_management as management
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+
+def runtime(name: str) -> Any:
+    """A room of the pack's own copy of the runtime."""
+    return importlib.import_module(f"{runs.PACK}.lance_runtime.{name}")
+
+
+def quantised(model: Any) -> dict[str, Any]:
+    """ComfyUI's quantised weights by name."""
+    found = model.model.diffusion_model.named_parameters()
+    return {name: weight for name, weight in found if isinstance(weight, QuantizedTensor)}
+
+
+def plain(tree: str) -> Any:
+    return runtime("dequantize").plain_tensors(runtime("checkpoint").TensorFile(Path(tree, "Lance_3B", "model.safetensors")))
+
+
+def decoded(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as ComfyUI decodes it in a type."""
+    weight = weight.data
+    params = dataclasses.replace(weight._params, orig_dtype=dtype)
+    return QuantizedTensor(weight._qdata, weight._layout_cls, params).dequantize()
+
+
+def weights(nodes: Any) -> dict:
+    """How many weights ComfyUI holds quantised, and how many of them decode to other bits than the runtime's."""
+    graph, expected = runs.Graph(nodes), plain(sys.argv[3])
+    found = quantised(graph.model)
+    report: dict[str, Any] = {
+        "quantised": len(found),
+        "expected": len(expected.layers),
+        "same names": set(found) == set(expected.layers),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        report[str(dtype)] = sum(not torch.equal(decoded(w, dtype), expected[name].to(dtype)) for name, w in found.items())
+    parameters = graph.model.model.diffusion_model.named_parameters()
+    report["others"] = sum(name not in found and not torch.equal(w.float(), expected[name].float()) for name, w in parameters)
+    report["linear"] = max(linear(graph.model, name, expected) for name in found if ".layers.1." in name)
+    return report
+
+
+@torch.no_grad()
+def linear(model: Any, name: str, expected: Any) -> float:
+    """A layer of ComfyUI against the plain product, relative; inputs rounded where ComfyUI rounds them."""
+    layer, rounded = model.model.diffusion_model.get_submodule(name.removesuffix(".weight")), expected.layers[name].kind.inputs
+    x = torch.randn(1, 7, expected.shapes[name][1], generator=torch.Generator().manual_seed(0))
+    bias = None if layer.bias is None else layer.bias.float()
+    return relative(layer(x), torch.nn.functional.linear(x if rounded is None else rounded(x), expected[name], bias))
+
+
+def lora() -> dict[str, torch.Tensor]:
+    """On a layer of either expert."""
+    generator, found = torch.Generator().manual_seed(1), {}
+    for module in ("q_proj", "q_proj_moe_gen", "v_proj"):
+        stem, rows = f"diffusion_model.language_model.model.layers.1.self_attn.{module}", 64 if module[0] == "v" else 128
+        found[f"{stem}.lora_down.weight"] = torch.randn(4, 128, generator=generator) * 0.2
+        found[f"{stem}.lora_up.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
+    return found
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def patched(nodes: Any) -> dict:
+    """A LoRA on quantised weights, against the same LoRA on the same weights decoded, with memory and without."""
+    graph, full = runs.Graph(nodes), runs.Graph(nodes, "Decoded")
+    adapter = lora()
+    on, on_full = (comfy.sd.load_lora_for_models(g.model, g.clip, adapter, 1.0, 1.0) for g in (graph, full))
+    bare, exact, bare_full = graph.draw(), full.draw(model=on_full[0]), full.draw()
+    report = {"bare": relative(bare, bare_full), "the LoRA acts": relative(exact, bare_full)}
+    report["patched"] = relative(graph.draw(model=on[0]), exact)
+    kept = quantised(graph.model)
+    report["still quantised"] = len(kept)
+    report["removed"] = float((graph.draw() - bare).abs().max())
+    answer = graph.ask()
+    report["same answer"] = answer == full.ask()
+    management.unload_all_models()
+    # ComfyUI gives the CPU all the memory it wants; told that this is no CPU, it obeys.
+    management.is_device_cpu = lambda device: False
+    management.vram_state = management.VRAMState.NO_VRAM
+    report["low patched"] = relative(graph.draw(model=on[0]), exact)
+    report["low"], report["bytes loaded"] = graph.model.model.model_lowvram, graph.model.model.model_loaded_weight_memory
+    report["bytes"] = graph.model.model_size()
+    report["low bare"] = relative(graph.draw(), bare_full)
+    report["low answer"] = graph.ask() == answer
+    report["kept"] = runs.kept()
+    return report
+
+
+if __name__ == "__main__":
+    what, pack, tree = sys.argv[1:]
+    for folder in runs.FOLDERS:
+        runs.folder_paths.add_model_folder_path(folder, tree)
+    sys.stdout.write("\n" + json.dumps(globals()[what](runs.load_pack(pack))) + "\n")
