@@ -89,7 +89,8 @@ def make_lance() -> Lance:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.05)
+            # As large as what the layers add: a smaller word drowns in the residual stream, and is learned ten times slower.
+            nn.init.normal_(module.weight, std=1.0)
     nn.init.zeros_(model.llm2vae.weight)
     nn.init.normal_(model.language_model.lm_head.weight, std=0.02)
     return model

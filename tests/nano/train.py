@@ -1,7 +1,7 @@
 """Nano's training on the runtime's own modules: flow matching on what it draws, next tokens of what it answers.
 
-    python tests/nano/train.py --work DIR --steps 3000 --answers       # questions alone, while the VAE is trained
-    python tests/nano/train.py --work DIR --steps 6000 --minutes 85    # everything; again to go on
+    python tests/nano/train.py --work DIR --steps 10000 --minutes 85    # again to go on
+    torchrun --nproc-per-node 2 tests/nano/train.py ...                 # two processes: one draws, one answers
 
 DIR holds the VAE's training (``vae.py``); everything is seeded and can be resumed.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import random
 import sys
 import time
@@ -32,7 +33,7 @@ from full_pass import visible  # noqa: E402
 from lance_runtime.model.embeddings import latent_position_embedding  # noqa: E402
 from lance_runtime.model.rope import Rope, rope_table  # noqa: E402
 from lance_runtime.model.transformer import Lance, Streams  # noqa: E402
-from lance_runtime.prompts import UNDERSTANDING_TASKS, VIDEO_TASKS  # noqa: E402
+from lance_runtime.prompts import GENERATION_TASKS, TASKS, UNDERSTANDING_TASKS, VIDEO_TASKS  # noqa: E402
 from lance_runtime.tokenizer import LanceTokenizer  # noqa: E402
 from lance_runtime.types import LatentShape, Modality  # noqa: E402
 from nano import vae as vae_training  # noqa: E402
@@ -41,11 +42,11 @@ from nano.parts import CONFIG, make_lance, make_tokenizer, make_vision  # noqa: 
 from nano.world import draw_clip, draw_scene, render, render_clip  # noqa: E402
 
 SHARES = {
-    "t2i": 0.16, "image_edit": 0.16, "x2t_image": 0.36, "t2v": 0.06, "i2v": 0.05, "subject_image": 0.07,
-    "video_edit": 0.05, "subject_video": 0.03, "x2t_video": 0.06,
+    "t2i": 0.28, "image_edit": 0.25, "x2t_image": 0.28, "t2v": 0.03, "i2v": 0.02, "subject_image": 0.06,
+    "video_edit": 0.015, "subject_video": 0.015, "x2t_video": 0.05,
 }  # fmt: skip
-BATCH, CLIP_BATCH, ANSWER_BATCH = 16, 6, 32
-SHIFT = 3.5  # of the noise levels, as in the schedule that draws
+BATCH, CLIP_BATCH, ANSWER_BATCH = 16, 6, 48
+SHIFT = 2.5  # of the noise levels; drawing takes 3.5, but shapes are decided at less noise
 ANSWER_WEIGHT = 0.5
 AVERAGED = 0.998
 SAVE_EVERY = 200
@@ -178,11 +179,12 @@ def loss_of(model: Lance, vision: Any, batch: Batch, generator: torch.Generator)
 
 
 class Trainer:
-    """Seeded, resumable training of one stage: "answers" (questions alone), then "lance" (everything)."""
+    """Seeded, resumable training. With two processes, both keep the same weights and add up their gradients."""
 
-    def __init__(self, work: Path, stage: str, steps: int, rate: float, seed: int) -> None:
+    def __init__(self, work: Path, steps: int, rate: float, seed: int) -> None:
         torch.manual_seed(seed)
-        self.work, self.stage, self.steps, self.rate, self.step, self.spent = work, stage, steps, rate, 0, 0.0
+        self.work, self.steps, self.rate, self.step, self.spent = work, steps, rate, 0, 0.0
+        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else None
         self.nets = torch.nn.ModuleDict({"lance": make_lance(), "vision": make_vision()})
         if (work / "vision.pt").is_file():
             self.nets["vision"].load_state_dict(torch.load(work / "vision.pt", weights_only=True))
@@ -192,9 +194,9 @@ class Trainer:
         self._resume()
         if not (work / "tokenizer.json").is_file():  # every stage reads with the same words
             make_tokenizer().save(str(work / "tokenizer.json"))
-        self.shares = SHARES if stage == "lance" else {task: SHARES[task] for task in UNDERSTANDING_TASKS}
-        encode = FrozenVAE(work).encode if stage == "lance" else None
-        sequencer = Sequencer(LanceTokenizer.from_folder(work), encode)
+        mine = {None: TASKS, 0: GENERATION_TASKS, 1: UNDERSTANDING_TASKS}[self.rank]
+        self.shares = {task: SHARES[task] for task in mine}
+        sequencer = Sequencer(LanceTokenizer.from_folder(work), FrozenVAE(work).encode)
         self.pools = {task: self._pool(sequencer, task, seed) for task in self.shares}
 
     def _pool(self, sequencer: Sequencer, task: str, seed: int) -> Iterator[Batch]:
@@ -203,7 +205,7 @@ class Trainer:
         return Pool(sequencer, task, size, random.Random(f"{seed} {task} {self.step}"), 20 * size, uses).batches()
 
     def _resume(self) -> None:
-        path = self.work / f"{self.stage}.pt"
+        path = self.work / "lance.pt"
         if path.is_file():
             state = torch.load(path, weights_only=True)
             self.nets.load_state_dict(state["nets"])
@@ -214,15 +216,17 @@ class Trainer:
             self.generator.manual_seed(self.step)
 
     def save(self) -> None:
+        if self.rank:
+            return
         state = {name: getattr(self, name).state_dict() for name in ("nets", "averaged", "optimizer")}
-        torch.save({**state, "step": self.step, "spent": self.spent}, self.work / f"{self.stage}.new")
-        (self.work / f"{self.stage}.new").replace(self.work / f"{self.stage}.pt")
+        torch.save({**state, "step": self.step, "spent": self.spent}, self.work / "lance.new")
+        (self.work / "lance.new").replace(self.work / "lance.pt")
 
     def run(self, minutes: float) -> None:
-        log, losses = (self.work / f"{self.stage}.jsonl").open("a", encoding="utf-8"), defaultdict(list)
+        log, losses = (self.work / f"lance{self.rank or ''}.jsonl").open("a", encoding="utf-8"), defaultdict(list)
         started = time.perf_counter()
         begun = started - self.spent
-        while self.step < self.steps and time.perf_counter() - started < 60 * minutes:
+        while self.step < self.steps and not self._all(time.perf_counter() - started > 60 * minutes):
             task = self.rng.choices(tuple(self.shares), tuple(self.shares.values()))[0]
             losses[task].append(self.one(next(self.pools[task]), task))
             self.step += 1
@@ -243,6 +247,7 @@ class Trainer:
         loss = loss_of(self.nets["lance"], self.nets["vision"], batch, self.generator)
         self.optimizer.zero_grad()
         (loss * (ANSWER_WEIGHT if batch.answer else 1.0)).backward()
+        self._share_gradients()
         torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
         self.optimizer.step()
         kept = min(AVERAGED, self.step / (self.step + 10))
@@ -250,6 +255,24 @@ class Trainer:
             for average, value in zip(self.averaged.parameters(), self.nets.parameters(), strict=True):
                 average.lerp_(value, 1 - kept)
         return float(loss.detach())
+
+    def _all(self, late: bool) -> bool:
+        """Whether time is up for any process: all stop at the same step."""
+        if self.rank is None:
+            return late
+        found = torch.tensor([float(late)])
+        torch.distributed.all_reduce(found)
+        return bool(found > 0)
+
+    def _share_gradients(self) -> None:
+        """The sum over the processes, in one vector."""
+        if self.rank is None:
+            return
+        parameters = list(self.nets.parameters())
+        joined = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])
+        torch.distributed.all_reduce(joined)
+        for parameter, part in zip(parameters, joined.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
 
 def main() -> None:
@@ -259,12 +282,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=85, help="at most, this time")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--answers", action="store_true", help="only questions: needs no VAE")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    stage = "answers" if arguments.answers else "lance"
-    Trainer(arguments.work, stage, arguments.steps, arguments.rate, arguments.seed).run(arguments.minutes)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    Trainer(arguments.work, arguments.steps, arguments.rate, arguments.seed).run(arguments.minutes)
 
 
 if __name__ == "__main__":
