@@ -202,7 +202,9 @@ class Trainer:
     def _pool(self, sequencer: Sequencer, task: str, seed: int) -> Iterator[Batch]:
         clips = task in VIDEO_TASKS
         size, uses = (CLIP_BATCH, 5) if clips else (ANSWER_BATCH if task in UNDERSTANDING_TASKS else BATCH, 3)
-        return Pool(sequencer, task, size, random.Random(f"{seed} {task} {self.step}"), 20 * size, uses).batches()
+        return Pool(
+            sequencer, task, size, random.Random(f"{seed} {task} {self.step}"), (8 if clips else 20) * size, uses
+        ).batches()
 
     def _resume(self) -> None:
         path = self.work / "lance.pt"
