@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from lance_runtime.files import NANO  # noqa: E402
+from lance_runtime.vae import original_name  # noqa: E402
 from nano.export import STATISTICS  # noqa: E402
 from nano.parts import make_lance, make_vision  # noqa: E402
 from nano.vae import build  # noqa: E402
-
-from lance_runtime.files import NANO  # noqa: E402
-from lance_runtime.vae import original_name  # noqa: E402
 
 
 def unpack(shipped: Path, work: Path) -> None:
