@@ -200,7 +200,7 @@ def fitted(page, graph):
 def open_template(page, name):
     """Through the page's browser of templates, as a person would."""
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    page.get_by_text("lance-native", exact=True).first.click()
+    page.get_by_text("Lance Native", exact=True).first.click()
     page.get_by_placeholder("Search").first.fill(name)
     page.get_by_text(name, exact=True).first.click()
     expected = sorted(node["type"] for node in template(name)["nodes"])
