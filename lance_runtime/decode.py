@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,9 +70,13 @@ def answer(
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
     reader: Engine | None = None,
+    read: Callable[[Engine, Layout], tuple[KVCache, Any]] = prefill,
 ) -> Iterator[int]:
-    """Read a laid-out question and yield the ids of its answer. reader: the engine of the prefill, where it is another."""
-    cache, states = prefill(reader or engine, sequence)
+    """Read a laid-out question and yield the ids of its answer.
+
+    reader: the engine of the prefill, where it is another. read: what stands in for ``prefill``.
+    """
+    cache, states = read(reader or engine, sequence)
     yield from decode(
         engine,
         cache,

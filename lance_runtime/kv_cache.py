@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,14 @@ class KVCache:
 
     def commit(self, tokens: int) -> None:
         self.length += tokens
+
+    def fill(self, layers: Sequence[Tensor]) -> None:
+        """Begin with keys and values (2, B, Hkv, L, d) of every layer, which are copied."""
+        length = layers[0].shape[3]
+        self.reserve(length - self.length)
+        for store, layer in zip(self.layers, layers, strict=True):
+            store[:, :, :, :length] = layer
+        self.length = length
 
     def attached(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The committed keys and values with (B', Hkv, L, d) behind them, the cache itself unchanged."""

@@ -13,6 +13,7 @@ from ..lance_runtime.context import Context, Segment, asking, layout, open_conte
 from ..lance_runtime.decode import Sampling, answer
 from ..lance_runtime.engine import Engine
 from ..lance_runtime.prompts import system_sentence
+from ..lance_runtime.reuse import reading
 from ..lance_runtime.tokenizer import LanceTokenizer
 from ..lance_runtime.types import TrainedSizes
 from .attention import comfy_attention
@@ -123,7 +124,8 @@ class LanceTextModel(torch.nn.Module):
         engine = Engine(self.owner.diffusion_model, self.owner.get_dtype_inference(), device, comfy_attention({}))
         sequence = layout(context)
         reader = with_prefill_progress(engine, sequence)
-        ids = answer(engine, sequence, self.tokenizer, max_length, sampling, reader)
+        read = reading(self.owner.prefixes_read, self.owner.weights_in_place())
+        ids = answer(engine, sequence, self.tokenizer, max_length, sampling, reader, read)
         bar = comfy.utils.ProgressBar(max_length)
         for token in ids:
             comfy.model_management.throw_exception_if_processing_interrupted()

@@ -34,6 +34,7 @@ from ..lance_runtime.engine import Engine
 from ..lance_runtime.files import read_config
 from ..lance_runtime.model.transformer import Lance, Streams
 from ..lance_runtime.prefill import Branch, branch
+from ..lance_runtime.reuse import Prefixes
 from ..lance_runtime.tokenizer import LanceTokenizer
 from ..lance_runtime.types import LatentShape, TrainedSizes
 from .attention import comfy_attention
@@ -179,6 +180,7 @@ class LanceModel(comfy.model_base.BaseModel):
         self.tokenizer: LanceTokenizer = model_config.tokenizer
         self.variant: str | None = model_config.variant
         self.prefixes: list[Prefix] = []
+        self.prefixes_read = Prefixes()  # of questions
         self.memory_usage_factor_conds = ("prefix",)
 
     @property
@@ -242,6 +244,10 @@ class LanceModel(comfy.model_base.BaseModel):
         hooks = getattr(self.current_patcher, "current_hooks", None)
         return () if hooks is None else tuple((id(hook.hook_ref), float(hook.strength)) for hook in hooks.hooks)
 
+    def weights_in_place(self) -> tuple:
+        """What tells the weights apart that questions are read with: LoRAs, and hooks."""
+        return self.current_weight_patches_uuid, self._hooks()
+
     def free_prefixes(self) -> None:
         """After a run, and after an interrupted one, whose conditionings ComfyUI keeps."""
         for prefix in self.prefixes:
@@ -300,11 +306,17 @@ def load_model(
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
-    patcher.add_callback_with_key(
-        comfy.patcher_extension.CallbacksMP.ON_CLEANUP, "lance", lambda patcher: patcher.model.free_prefixes()
-    )
+    callbacks = comfy.patcher_extension.CallbacksMP
+    patcher.add_callback_with_key(callbacks.ON_CLEANUP, "lance", lambda patcher: patcher.model.free_prefixes())
+    patcher.add_callback_with_key(callbacks.ON_DETACH, "lance", _forget_questions)
     patcher.cached_patcher_init = (load_model, (path, tokenizer, weight_type))
     return patcher
+
+
+def _forget_questions(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
+    """When the model is unloaded. ComfyUI also detaches it at each load, to put a clone in its place: nothing changes."""
+    if unpatch_all:
+        patcher.model.prefixes_read.recent.clear()
 
 
 def _state(file: TensorFile) -> dict[str, Tensor]:

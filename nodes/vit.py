@@ -1,5 +1,6 @@
 """The vision tower: a small model of its own in ComfyUI's memory management, loaded only to encode."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +17,16 @@ from ..lance_runtime.context import Segment
 from ..lance_runtime.files import VIT_FOLDER, VIT_NAME, read_vision_config
 from ..lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
 from ..lance_runtime.preprocess import vit_patches
+from ..lance_runtime.reuse import Recent
 from ..lance_runtime.types import LatentShape
 from .attention import comfy_attention
 from .model_files import model_path
 
 AUTO = "auto"
 FOLDER = "text_encoders"
+# Tokens of pictures that were read, for further questions about them: room for the longest clip (6 s at 480p are 16 240
+# tokens of 8 KB in float32), or for 28 pictures. They lie in main memory.
+TOKEN_BYTES = 136 * 2**20
 
 
 class _Tower(nn.Module):
@@ -41,9 +46,18 @@ class VisionTower:
     def __init__(self, model_path: str, name: str, dtype: torch.dtype) -> None:
         self.model_path, self.name, self.dtype = model_path, name, dtype
         self._patcher: comfy.model_patcher.ModelPatcher | None = None
+        self.read: Recent[Segment] = Recent(TOKEN_BYTES)
 
     def encode(self, frames: np.ndarray, preset: str) -> Segment:
-        """uint8 (T, H, W, 3) -> the ViT tokens of one image or clip, on the CPU."""
+        """uint8 (T, H, W, 3) -> the ViT tokens of one image or clip, on the CPU; the same object for the same pixels."""
+        key = hashlib.sha256(np.ascontiguousarray(frames).data).digest(), frames.shape, preset
+        found = self.read.get(key)
+        if found is None:
+            found = self._encode(frames, preset)
+            self.read.put(key, found, found.values.nbytes)
+        return found
+
+    def _encode(self, frames: np.ndarray, preset: str) -> Segment:
         patcher = self._loaded()
         patches, (t, h, w) = vit_patches(frames, preset, self.config)
         # Peak beside the weights: a few copies of the widest rows (the MLP's), and the patches.

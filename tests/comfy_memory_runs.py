@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path.cwd()))
@@ -207,6 +208,86 @@ def low_memory(nodes: Any) -> dict:
     report["answer"] = graph.ask() == answer
     report["kept"] = kept()
     return report
+
+
+class Passes:
+    """Counts what goes through a graph's vision tower, and the tokens of each pass through its language model."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.tower, self.tokens = 0, []
+        tower = graph.clip.cond_stage_model.tower
+        layer = graph.model.model.diffusion_model.language_model.model.layers[0].self_attn.q_proj
+        self.hooks = [
+            layer.register_forward_pre_hook(lambda _, inputs: self.tokens.append(inputs[0].shape[1])),
+            tower._loaded().model.vision.register_forward_pre_hook(self.see),
+        ]
+
+    def see(self, *anything: Any) -> None:
+        self.tower += 1
+
+    def taken(self) -> list:
+        """Times through the tower, and the longest pass, since the last call."""
+        found = [self.tower, max(self.tokens, default=0)]
+        self.tower, self.tokens[:] = 0, []
+        return found
+
+
+def ask(nodes: Any, graph: Graph, question: str, clip: Any = None, picture: Any = None) -> str:
+    class Ask(nodes.LanceNativeAsk):
+        hidden = SimpleNamespace(unique_id=None)
+
+    images = {"image_0": graph.picture if picture is None else picture}
+    return Ask.execute(clip or graph.clip, question, "image_256res", 8, 0.0, 1.0, 1, images=images).result[0]
+
+
+def with_lora(graph: Graph) -> Any:
+    """The graph's CLIP with a LoRA that changes words."""
+    stem, generator = "diffusion_model.language_model.model.layers.0.self_attn.v_proj", torch.Generator().manual_seed(1)
+    lora = {
+        f"{stem}.lora_down.weight": torch.randn(4, 128, generator=generator),
+        f"{stem}.lora_up.weight": torch.randn(64, 4, generator=generator),
+    }
+    return comfy.sd.load_lora_for_models(graph.model, graph.clip, lora, 0.0, 1.0)[1]
+
+
+def questions(nodes: Any) -> dict:
+    """Lance Ask, several times about the same picture: what is computed again, and when what is kept goes."""
+    graph = Graph(nodes)
+    passes, kept_now, report = Passes(graph), graph.model.model.prefixes_read.recent, {}
+    first = ask(nodes, graph, "what")
+    report["first"] = passes.taken()
+    second = ask(nodes, graph, "the dog in the park")
+    report["second"], report["kept bytes"] = passes.taken(), kept_now.nbytes
+    report["first again"], report["third"] = ask(nodes, graph, "what") == first, passes.taken()
+    graph.draw()  # a sampler and its clean-up in between
+    passes.taken()
+    report["after drawing"] = [ask(nodes, graph, "the dog in the park") == second, *passes.taken()]
+    report["another picture"] = [ask(nodes, graph, "what", picture=graph.picture.flip(2)) != first, *passes.taken()]
+    changed = ask(nodes, graph, "what", with_lora(graph))
+    report["with a LoRA"] = [changed != first, *passes.taken()]
+    report["without it"] = [ask(nodes, graph, "what") == first, *passes.taken()]
+    management.unload_all_models()
+    report["unloaded"] = [len(kept_now), kept_now.nbytes]
+    report["loaded again"] = [ask(nodes, graph, "the dog in the park") == second, *passes.taken()]
+    report["caches"] = kept()
+    fresh = Graph(nodes)
+    report["answers of a fresh model"] = [
+        ask(nodes, fresh, "the dog in the park") == second,
+        ask(nodes, fresh, "what") == first,
+    ]
+    report["its LoRA's"] = ask(nodes, fresh, "what", with_lora(fresh)) == changed
+    return report
+
+
+def questions_and_gone(nodes: Any) -> dict:
+    """What stays of a graph that was asked."""
+    graph = Graph(nodes)
+    ask(nodes, graph, "what", with_lora(graph))
+    ask(nodes, graph, "what")
+    del graph
+    management.unload_all_models()
+    management.cleanup_models_gc()
+    return {"kept": alive("Prefixes", "Recent", "KeptPrefix"), "models": alive("LanceModel", "VisionTower")}
 
 
 def growth(nodes: Any) -> dict:

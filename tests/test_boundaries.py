@@ -30,6 +30,7 @@ ORDER = [
     "vae",
     "kv_cache",
     "prefill",
+    "reuse",
     "guidance",
     "denoise",
     "decode",

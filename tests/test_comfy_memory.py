@@ -56,3 +56,29 @@ def test_a_run_does_not_grow_the_process():
     found = report("growth")
     assert found["a run"] < 1
     assert found["kept"] == 0
+
+
+def test_further_questions_read_their_words_alone():
+    """[times through the vision tower, longest pass through the language model in tokens]; a picture takes 50 and more."""
+    found = report("questions")
+    tower, picture = found["first"]
+    assert tower == 1
+    assert picture > 50
+    assert found["first again"]
+    for taken in (found["second"], found["third"], found["after drawing"][1:], found["without it"][1:]):
+        assert taken[0] == 0
+        assert taken[1] < picture / 2
+    assert found["after drawing"][0]
+    assert found["without it"][0]
+    assert found["another picture"] == [True, 1, picture]
+    assert found["with a LoRA"] == [True, 0, picture]
+    assert 0 < found["kept bytes"] < 2**20
+    assert found["unloaded"] == [0, 0]
+    assert found["loaded again"] == [True, 0, picture]
+    assert found["answers of a fresh model"] == [True, True]
+    assert found["its LoRA's"]
+    assert found["caches"] == 0
+
+
+def test_what_was_kept_of_questions_goes_with_the_model():
+    assert report("questions_and_gone") == {"kept": 0, "models": 0}
