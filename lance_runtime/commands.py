@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,8 +72,9 @@ def run_download(arguments: Sequence[str]) -> str:
         raise ValueError("This pack is in no ComfyUI's custom_nodes.\nSay where the files are to go: --to .../ComfyUI/models")
     hub = Hub()
     plan = make_plan(models, options.variant, hub)
-    print(*plan.lines(), sep="\n", flush=True)
-    download(plan, hub, partial(print, flush=True))
+    for line in plan.lines():
+        tqdm.write(line)
+    download(plan, hub, tqdm.write)
     return f"{len(plan.files)} files of the {options.variant} variant are complete in {models}"
 
 
