@@ -33,7 +33,7 @@ export CHECK_PYTHON
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z]+:.*##/ { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY)  ## a picture, an edit and an answer with the tiny bundled checkpoint, into demo/
+demo: $(READY)  ## what the built-in Lance Nano draws, edits, moves and answers, into demo/
 	$(BIN)/python tests/demo/make_demo.py
 
 # One thread: the tests' tensors are too small to share, and two threads on a busy machine wait for each other.
