@@ -22,8 +22,9 @@ RENDERERS = {"classic": 1, "nodes2": 2}  # seeds: what was run before is not run
 # Each text that comes for a node, and each that stands in it, with whether a person can see it: somewhere on the page.
 WATCH = """() => {
     window.written = {};
+    const listening = "sent" in window;
     window.sent = {};
-    app.api.addEventListener("progress_text", ({detail}) => {
+    if (!listening) app.api.addEventListener("progress_text", ({detail}) => {
         (sent[app.graph.getNodeById(detail.nodeId)?.type] ??= []).push(detail.text);
     });
     const letters = (text) => text.replace(/[^\\\\p{L}\\\\p{N}]/gu, "");
