@@ -296,8 +296,9 @@ def load_model(
 ) -> comfy.model_patcher.ModelPatcher:
     """A Lance file as a patcher that ComfyUI manages; ``ValueError`` says what any other file is."""
     file = TensorFile(Path(path))
+    found = plain_tensors(file).shapes  # before anything else: it names what is no Lance
     shape = read_config(file)
-    check_names({name: tuple(value.shape) for name, value in build_lance(shape).named_parameters()}, plain_tensors(file).shapes)
+    check_names({name: tuple(value.shape) for name, value in build_lance(shape).named_parameters()}, found)
     config = LanceModelConfig(shape, tokenizer, guess_variant(file))
     state = _state(file)
     load_device = comfy.model_management.get_torch_device()
