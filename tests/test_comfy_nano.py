@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import re
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 from comfy_server import ComfyServer
 from graphs import Graph, node
 from nano.evaluate import right_motion
+from nano.gates import DRAWS, EDITS, gated
 from nano.score import same_scene, same_things, seen
 from nano.tasks import Example, frames
 from nano.words import caption
@@ -22,17 +21,6 @@ from PIL import Image
 from workflow_nodes import ask, edit, sampler, subject, video_start
 
 pytestmark = pytest.mark.comfy
-RESULTS = (Path(__file__).parent / "nano" / "RESULTS.md").read_text("utf-8")
-
-
-def gated(*rows: str) -> pytest.MarkDecorator:
-    """For tests of what Nano can do: they hold where every one of these rows of RESULTS.md passed its gate."""
-    missed = [row for row in rows if not re.search(rf"^\| {re.escape(row)} .*passed", RESULTS, re.MULTILINE)]
-    return pytest.mark.skipif(bool(missed), reason=f"Nano has not passed its gate yet: {', '.join(missed)}")
-
-
-DRAWS = "text to image: one thing, colour and shape"
-EDITS = "edit: colour, the rest unchanged"
 NANO = "Lance Nano (built in)"
 BIG_STAR = Scene((Thing("star", "red", 21, *PLACES["middle"]),), "pink")
 PROMPT = "a big red star in the middle on a pink background"

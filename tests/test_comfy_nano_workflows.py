@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from comfy_browser import graph_errors, load_workflow, open_ui, queue_and_wait
 from comfy_server import ComfyServer
+from nano.gates import COLOUR, DRAWS, EDITS, gated
 from nano.score import same_scene, seen
 from nano.world import BIG, FRAMES, PLACES, SIDE, Scene, Thing
 from single_files import example_media
@@ -67,6 +68,7 @@ def test_runs_with_nano(workflow, server):
         assert result.image("save").size == SIZES.get(workflow.name, (SIDE, SIDE))
 
 
+@gated(DRAWS, EDITS, COLOUR)
 def test_draw_edit_and_ask(server):
     """The star turns blue, and Nano says so."""
     result = server.run(next(workflow.graph for workflow in OF_NANO if "Ask" in workflow.name))
