@@ -54,7 +54,7 @@ def main() -> None:
     start = time.perf_counter()
     pipe = LancePipeline.from_pretrained(NANO, "image")
     rows = [drawn(pipe), edited(pipe), *([clip] for clip in clips(pipe)), answered(pipe)]
-    titles = ("Text to picture", "A picture changed", "Text to clip", "Image to clip", "Questions")
+    titles = ("Text to picture", "A picture changed", "Text to clip", "Text to clip", "Picture to clip", "Questions")
     sheet = contact_sheet(list(zip(titles, rows, strict=True)))
     sheet.save(DEMO / "sheet.png")
     print(f"{time.perf_counter() - start:.0f} s. Look at {DEMO / 'sheet.png'}; every picture and clip lies beside it.")
