@@ -10,7 +10,7 @@ from ..lance_runtime.types import LANCE_3B, TEMPORAL_STRIDE, LatentShape, PixelS
 from ..lance_runtime.visuals import encode_given
 from .model import check_model
 from .pictures import FORMAT, empty_latent, encode, frames_of, grid_of
-from .progress import say
+from .progress import node_of, say
 from .schema import CATEGORY, io
 
 CUSTOM = "custom"
@@ -105,7 +105,7 @@ class LanceNativeEmptyLatent(io.ComfyNode):
             frames = min(frames, sizes.most_frames)
         shape = PixelShape(frames, height, width)
         note = described(shape, sizes)
-        say(cls.hidden.unique_id, note)
+        say(node_of(cls), note)
         return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames, ui={"text": [note]})
 
 

@@ -44,6 +44,11 @@ def narrated(callback: Callable[..., None], node: str | None, tokens: int, guide
     return called
 
 
+def node_of(cls: Any) -> str | None:
+    """The page's id of the node that runs; None where somebody calls ``execute`` without ComfyUI's executor."""
+    return None if cls.hidden is None else cls.hidden.unique_id
+
+
 def say(node: str | None, text: str) -> None:
     """Write into a node of the page; nobody listens where the graph came through the API alone."""
     if node is not None:

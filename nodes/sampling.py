@@ -18,7 +18,7 @@ from .clip import lance_of
 from .conditioning import conditionings
 from .guidance import patched
 from .model import check_model
-from .progress import narrated
+from .progress import narrated, node_of
 from .recipe import CONDITIONING_KEY
 from .schema import CATEGORY, LanceContext, io
 
@@ -277,7 +277,7 @@ class LanceNativeSampler(io.ComfyNode):
         callback = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
         if len(sigmas) > 1:
             guided = [cfg != 1 and chosen.within(sigma) for sigma in sigmas[:-1]]
-            callback = narrated(callback, cls.hidden.unique_id, positive[0][1][CONDITIONING_KEY].length, guided)
+            callback = narrated(callback, node_of(cls), positive[0][1][CONDITIONING_KEY].length, guided)
         return io.NodeOutput(sample(guider, latent, LanceNoise(seed, context), sigmas, callback))
 
     @classmethod

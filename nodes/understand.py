@@ -13,7 +13,7 @@ from ..lance_runtime.preprocess import vit_size
 from ..lance_runtime.prompts import enhancement, system_sentence
 from .clip import LanceTextModel, lance_of
 from .pictures import frames_of, preset_of, resolution_input
-from .progress import say
+from .progress import node_of, say
 from .schema import CATEGORY, LanceContext, io
 
 
@@ -107,7 +107,7 @@ class LanceNativeAsk(io.ComfyNode):
         if context is None:
             context = _seen(clip, sources, resolution, system_sentence("x2t_image" if video is None else "x2t_video", question))
         asked = asking(lance_of(clip).tokenizer, context, question)
-        answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), cls.hidden.unique_id)
+        answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls))
         boxes, mask = _boxes(clip, answer, sources, resolution)
         return io.NodeOutput(answer, boxes, mask, ui={"text": [answer]})
 
@@ -176,8 +176,8 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
         sources = [] if image is None else [image[:1]]
         context = _seen(clip, sources, "auto", system_sentence("x2t_image", "?"))
         asked = asking(lance_of(clip).tokenizer, context, enhancement(style, prompt))
-        answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), cls.hidden.unique_id).strip()
+        answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls)).strip()
         better = answer if answer and "\ufffd" not in answer else prompt
         both = f"{prompt}\n\u2192 {better}"
-        say(cls.hidden.unique_id, both)
+        say(node_of(cls), both)
         return io.NodeOutput(better, ui={"text": [both]})
