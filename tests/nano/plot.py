@@ -14,7 +14,13 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-LOGS = {"vae_both": "VAE", "vae_decoder": "VAE, decoder alone", "answers": "answers alone", "lance": "everything"}
+LOGS = {
+    "vae_both": "VAE",
+    "vae_decoder": "VAE, decoder alone",
+    "vision": "vision tower",
+    "lance": "what is drawn",
+    "lance1": "answers",
+}
 UNITS = {"step", "s", "psnr"}
 
 
