@@ -253,4 +253,5 @@ def test_no_file_names_a_foreign_library():
     }
     for name, tree in trees().items():
         imported = {found.split(".")[0] for found in names(tree)}
-        assert not imported & foreign, name
+        own = {"huggingface_hub"} if name.endswith("download.py") else set()  # it fetches the weights
+        assert not imported & (foreign - own), name
