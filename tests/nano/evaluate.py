@@ -291,7 +291,7 @@ def ablated(pipe: LancePipeline, full: dict[str, int], number: int) -> list[str]
 
 RESULTS_HEAD = """# What Lance Nano can do
 
-Measured by `python tests/nano/evaluate.py --ablations --write` on held-out examples (their combinations of
+Measured by `python tests/nano/evaluate.py --write` on held-out examples (their combinations of
 colour, shape and background never occur in training), with the files that ship, through `LancePipeline`: 30 steps, cfg 4,
 float32 on a CPU. A picture is right where the scorer (`score.py`) reads the right things back from its pixels; the scorer
 itself is right on all true renders (`test_nano_world.py`). One fifth of the prompts is Chinese.
