@@ -121,7 +121,8 @@ def test_a_file_of_the_flat_name_wins(tmp_path):
     models["vae/Wan2.2_VAE.pth"] = CHECKPOINT / "Wan2.2_VAE.pth"
     models["diffusion_models/Lance_3B.safetensors"] = CHECKPOINT.parent / "cases.json"  # no checkpoint at all
     with ComfyServer(models) as running:
-        assert options(running)["model_name"] == ["Lance_3B.safetensors", "Lance_3B/model.safetensors"]
+        nano = "Lance Nano (built in)"  # always the last
+        assert options(running)["model_name"] == ["Lance_3B.safetensors", "Lance_3B/model.safetensors", nano]
         graph = text_to_image(steps=1)
         graph["load"]["inputs"].update(model_name="Lance_3B.safetensors", vae_name="wan2.2_vae.safetensors")
         assert running.run(graph, check=False).error["exception_message"].startswith("Lance_3B.safetensors (")
