@@ -141,7 +141,8 @@ def test_generate_text_repeats_with_a_seed(server):
 
 
 def test_tokens_are_counted(server):
-    result = server.run({**question(seed=5), "show": node("PreviewAny", source=["ask", 0])})
+    first = question(seed=5, resolution="image_512res")  # not asked about before: a known picture is not read again
+    result = server.run({**first, "show": node("PreviewAny", source=["ask", 0])})
     counted = [(event["value"], event["max"]) for event in result.of_type("progress") if event["node"] == "ask"]
     assert (9, 9) in counted  # prefill: text, picture and question through three layers
     assert {most for _, most in counted} == {8, 9}
