@@ -6,10 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
-from tqdm import tqdm
+from typing import Any
 
 from .commands import COMMANDS
 from .files import NANO, VIT_CHOICES
@@ -19,6 +16,7 @@ from .memory import OFFLOAD_KINDS
 from .pipeline import LancePipeline, Output
 from .preprocess import presets
 from .prompts import TASKS, UNDERSTANDING_TASKS, VIDEO_TASKS
+from .terminal import DTYPES, Parser, Progress
 
 DESCRIPTION = "Draw, edit and understand pictures and clips with ByteDance's Lance."
 EPILOG = """tasks:
@@ -49,14 +47,6 @@ commands (each with a --help of its own):
 camera and motion work best; 30 steps, shift 3.5 and guidance 4 are the model's own settings. Sizes are multiples of
 16, frame counts 4k+1, clips play at 12 a second.
 """
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, as for everything that goes wrong later."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help explains)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -159,7 +149,7 @@ def run(options: argparse.Namespace) -> str:
     dtype = DTYPES.get(options.dtype)
     how = (options.device, dtype, options.vit, options.offload, options.tiled_vae)
     pipe = LancePipeline.from_pretrained(options.model, variant, *how)
-    with Progress(options.task) as progress:
+    with Progress(options.task, "token" if options.task in UNDERSTANDING_TASKS else "step") as progress:
         out = pipe(options.task, options.prompt, progress=progress, **arguments)
     return save(out, output, options.task)
 
@@ -186,26 +176,6 @@ def save(out: Output, path: Path | None, task: str) -> str:
     else:
         write_image(path, out.frames[0])
     return str(path)
-
-
-class Progress:
-    """A bar that appears with the first step: a call that is refused shows its error alone."""
-
-    def __init__(self, task: str) -> None:
-        self.task = task
-        self.bar: tqdm | None = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.bar is None:
-            self.bar = tqdm(desc=self.task, total=total, unit="token" if self.task in UNDERSTANDING_TASKS else "step")
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

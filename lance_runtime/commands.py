@@ -7,9 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
 
-import torch
 from tqdm import tqdm
 
 from .calibrate import Comparison, Settings, compare
@@ -20,8 +18,8 @@ from .files import VARIANT_FOLDERS, find_model
 from .pipeline import LancePipeline
 from .quantize import SCOPES, Plan, Written, quantize
 from .quantized import FORMATS
+from .terminal import DTYPES, Parser, Progress
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZE = """Write a quantised copy of a Lance checkpoint that ComfyUI loads natively, and say what that costs.
 
 The file carries configuration and tokenizer in its header; put it into ComfyUI/models/diffusion_models. Embeddings, head,
@@ -30,13 +28,6 @@ Then the network runs with both weights on the same inputs: pictures on their wa
 relative errors: of the weights of each layer, and of what comes out behind it. --model needs the whole tree for that.
 """
 CONVERT = """Write a bfloat16 copy of a quantised Lance file: the community's AWQ-INT4 and NVFP4, or ComfyUI's formats."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, as for everything that goes wrong later."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help explains)\n")
 
 
 def download_parser() -> Parser:
@@ -113,7 +104,7 @@ def run_quantize(arguments: Sequence[str]) -> str:
     options = quantize_parser().parse_args(arguments)
     plan = Plan(options.format, options.scope, _layers(options.keep_layers))
     file = TensorFile(find_model(options.model, options.variant))
-    with _Bar("writing", "B") as bar:
+    with Progress("writing", "B") as bar:
         written = quantize(file, options.output, plan, bar)
     result = None if options.no_measure else _measured(options, written)
     if options.report is not None:
@@ -126,7 +117,7 @@ def run_convert(arguments: Sequence[str]) -> str:
     """Do it; returns the lines to print."""
     options = convert_parser().parse_args(arguments)
     file = find_quantised(options.model)
-    with _Bar("writing", "B") as bar:
+    with Progress("writing", "B") as bar:
         count = convert(file, options.output, bar, options.files)
     lines = [f"{count} quantised weights are bfloat16 now.", str(options.output)]
     if "tokenizer_json" not in TensorFile(options.output).metadata:
@@ -137,7 +128,7 @@ def run_convert(arguments: Sequence[str]) -> str:
 def _measured(options: argparse.Namespace, written: Written) -> Comparison:
     pipe = LancePipeline.from_pretrained(options.model, options.variant, options.device, DTYPES.get(options.dtype))
     settings = Settings(tuple(options.prompt), size=options.size, steps=options.steps)
-    with _Bar("measuring", "run") as bar:
+    with Progress("measuring", "run") as bar:
         return compare(pipe, plain_tensors(TensorFile(written.path)), settings, bar)
 
 
@@ -179,26 +170,6 @@ def _size(count: int) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
-
-
-class _Bar:
-    """A bar that appears with the first progress: a call that is refused shows its error alone."""
-
-    def __init__(self, title: str, unit: str) -> None:
-        self.title, self.unit = title, unit
-        self.bar: tqdm | None = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.bar is None:
-            self.bar = tqdm(desc=self.title, total=total, unit=self.unit, unit_scale=self.unit == "B")
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 COMMANDS = {"download": run_download, "quantize": run_quantize, "convert": run_convert}

@@ -46,6 +46,7 @@ ORDER = [
     "calibrate",
     "media",
     "grounding",
+    "terminal",
     "commands",
     "__init__",
     "__main__",

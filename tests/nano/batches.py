@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lance_runtime.context import (
@@ -29,20 +30,24 @@ from lance_runtime.types import VISUAL_CONDITIONS, LatentShape, Modality
 
 from .parts import IMAGE_PRESET, VISION
 from .tasks import Example, draw, frames
+from .world import Clip, Scene
 
 NO_PROMPT, NO_VISUALS = 0.1, 0.03  # shares of examples that teach the other guidance branches
+THINGS_COUNT = 4.0  # times what background counts
 Encode = Callable[[np.ndarray], Tensor]  # uint8 (T, H, W, 3) -> normalised latents (48, t, h, w); unused by answers
 
 
 @dataclass(frozen=True)
 class Item:
     """One sequence to learn from. patches: of its ViT segments, in order, with their grids (t, h, w). target: latents
-    to draw, of which the first frame is given or not; or ``answer`` tokens to write at the end."""
+    (48, t, h, w) to draw, of which the first frame is given or not, with the ``weight`` (t, h, w) of each place; or
+    ``answer`` tokens to write at the end."""
 
     layout: Layout
     patches: tuple[Tensor, ...]
     grids: tuple[tuple[int, int, int], ...]
     target: Tensor | None = None
+    weight: Tensor | None = None
     first_given: bool = False
     answer: int = 0
 
@@ -80,7 +85,8 @@ class Sequencer:
         sequence = self._drawing(context, example, LatentShape(*target.shape[1:]), rng)
         if len([s for s in sequence.splits if s.segment.modality == Modality.VIT]) == 0:
             patches, grids = [], []
-        return Item(sequence, tuple(patches), tuple(grids), target, example.task == "i2v")
+        weight = weights(example.wanted, target.shape[1:])
+        return Item(sequence, tuple(patches), tuple(grids), target, weight, example.task == "i2v")
 
     def _system(self, example: Example, rng: random.Random) -> str:
         if example.answers and not example.prompt:
@@ -103,9 +109,18 @@ class Sequencer:
         return layout(context, grid)
 
 
+def weights(wanted: Scene | Clip, shape: Sequence[int]) -> Tensor:
+    """How much each place of the latents (t, h, w) counts: more where things are, since most of a picture is background."""
+    pixels, bare = frames(wanted), frames(Scene((), wanted.background))
+    things = torch.from_numpy((pixels != bare).any(-1)).float()[:, None]
+    cells = F.adaptive_max_pool2d(things, (shape[1], shape[2]))[:, 0]
+    later = cells[1:].unflatten(0, (shape[0] - 1, -1)).amax(1) if shape[0] > 1 else cells[1:]
+    return 1 + (THINGS_COUNT - 1) * torch.cat([cells[:1], later])
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Items of one layout, stacked. ids: of every split (B, L) where it is text. values: clean latents of splits."""
+    """Items of one layout, stacked. ids: of every split (B, L) where it is text. clean: latents of splits."""
 
     layout: Layout
     ids: dict[int, Tensor]
@@ -113,6 +128,7 @@ class Batch:
     patches: Tensor | None
     grids: Tensor | None
     target: Tensor | None
+    weight: Tensor | None
     first_given: bool
     answer: int
 
@@ -132,8 +148,13 @@ def stack(items: list[Item]) -> Batch:
             clean[index] = torch.stack([segment.values for segment in segments if segment.values is not None])
     patches = torch.cat([patch for item in items for patch in item.patches]) if first.patches else None
     grids = torch.tensor([grid for item in items for grid in item.grids]) if first.patches else None
-    target = None if first.target is None else torch.stack([item.target for item in items if item.target is not None])
-    return Batch(first.layout, ids, clean, patches, grids, target, first.first_given, first.answer)
+    target, weight = (_stacked([getattr(item, name) for item in items]) for name in ("target", "weight"))
+    return Batch(first.layout, ids, clean, patches, grids, target, weight, first.first_given, first.answer)
+
+
+def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None
 
 
 class Pool:

@@ -32,6 +32,7 @@ CONFIG = LanceConfig(
     head_dim=32,
     vocab_size=VOCABULARY,
     mrope_section=(4, 6, 6),
+    rope_theta=20.0,
     sizes=TrainedSizes("image_96res", "video_96p", (SIDE, SIDE), (SIDE, SIDE), FRAMES, FRAMES, FRAMES / 12),
 )
 VISION = VisionConfig(

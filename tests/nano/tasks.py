@@ -144,9 +144,9 @@ def _x2t_video(rng: random.Random, held_out: bool, count: int | None, kind: str)
     return Example("x2t_video", text, answer, (clip,), kind)
 
 
-# Of edits and of questions, equally often.
+# Of edits and of questions, equally often but for the edit that is gated.
 KINDS = {
-    "image_edit": tuple(EDITS),
+    "image_edit": (*EDITS, "colour"),
     "x2t_image": (*QUESTIONS, "caption"),
     "x2t_video": ("motion", "motion", "caption"),
 }
