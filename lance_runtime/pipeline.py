@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,9 @@ from .memory import add_offloading, bring, check_offload, checked_device, defaul
 from .prefill import Branch, branch
 from .prompts import system_sentence
 from .request import LOGGER, Request
+from .reuse import Prefixes, SeenPictures, reading
 from .types import VISUAL_CONDITIONS, LatentShape, Modality
-from .visuals import encode_given, source_segments
+from .visuals import encode_given, source_segments, vit_segment
 
 # What the reference lays out as the answer that is to be generated; it is never prefilled.
 PLACEHOLDER_ANSWER = "x"
@@ -72,6 +73,7 @@ class LancePipeline:
 
     def __init__(self, components: Components, variant: str | None = None) -> None:
         self.components, self.variant = components, variant
+        self._seen, self._read = SeenPictures(), Prefixes()  # of pictures that are asked about
 
     @classmethod
     def from_pretrained(
@@ -170,8 +172,8 @@ class LancePipeline:
         sequence = layout(context)
         bring(parts.model)
         ids: list[int] = []
-        tokens = answer(parts.engine, sequence, parts.tokenizer, request.max_new_tokens, sampling)
-        for token in tokens:
+        read = reading(self._read, weights=None)
+        for token in answer(parts.engine, sequence, parts.tokenizer, request.max_new_tokens, sampling, read=read):
             ids.append(token)
             yield Token(token, parts.tokenizer.decode(ids))
 
@@ -192,7 +194,10 @@ class LancePipeline:
         role = None if request.understands else Modality.EDIT_SOURCE
         role = Modality.SUBJECT if request.task.startswith("subject") else role
         for frames in [request.video] if request.video is not None else request.images:
-            yield from source_segments(self.components, frames, request.preset, role)
+            if role is None:
+                yield self._seen.tokens(frames, request.preset, partial(vit_segment, self.components))
+            else:
+                yield from source_segments(self.components, frames, request.preset, role)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:

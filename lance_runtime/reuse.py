@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ Kept = TypeVar("Kept")
 # The keys and values of the longest clip that Lance reads: 6 s at 480p are 16 300 tokens of 36.9 KB (36 layers, 2 x 2 key
 # heads of 128, bfloat16), 600 MB. A picture takes 21 MB.
 PREFIX_BYTES = 640 * 2**20
+# The same clip's ViT tokens (16 240 of 8 KB in float32), or those of 28 pictures.
+TOKEN_BYTES = 136 * 2**20
 # Who asks about more pictures than this in turn asks each once.
 THINGS = 8
 
@@ -52,6 +56,24 @@ class Recent(Generic[Kept]):
     def clear(self) -> None:
         self._things.clear()
         self.nbytes = 0
+
+
+class SeenPictures:
+    """ViT tokens of pictures that were read, on the CPU: the same object for the same pixels."""
+
+    def __init__(self, limit: int = TOKEN_BYTES) -> None:
+        self.recent: Recent[Segment] = Recent(limit)
+
+    def tokens(self, frames: np.ndarray, preset: str, encode: Callable[[np.ndarray, str], Any]) -> Segment:
+        """The tokens of frames uint8 (T, H, W, 3), which ``encode`` makes where they are new."""
+        key = hashlib.sha256(np.ascontiguousarray(frames).data).digest(), frames.shape, preset
+        found = self.recent.get(key)
+        if found is None:
+            new = encode(frames, preset)
+            values = new.values.cpu()
+            found = replace(new, values=values)
+            self.recent.put(key, found, values.nbytes)
+        return found
 
 
 class KeptPrefix(NamedTuple):

@@ -21,14 +21,13 @@ from .types import SPATIAL_STRIDE, TEMPORAL_STRIDE, LatentShape, Modality
 Encode = Callable[[Tensor], Tensor]
 
 
-def source_segments(parts: Components, frames: np.ndarray, preset: str, role: Modality | None) -> Iterator[Segment]:
-    """A source's ViT tokens, and with a role (edit source or subject) its clean latents.
+def source_segments(parts: Components, frames: np.ndarray, preset: str, role: Modality) -> Iterator[Segment]:
+    """A source's ViT tokens, and its clean latents as edit source or subject.
 
     frames: uint8 (T, H, W, 3). Both streams are cut and scaled to the preset's buckets.
     """
     yield vit_segment(parts, frames, preset)
-    if role is not None:
-        yield Segment.latents(parts.vae.encode(vae_pixels(frames, preset)), role)
+    yield Segment.latents(parts.vae.encode(vae_pixels(frames, preset)), role)
 
 
 def vit_segment(parts: Components, frames: np.ndarray, preset: str) -> Segment:

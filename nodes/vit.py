@@ -1,6 +1,5 @@
 """The vision tower: a small model of its own in ComfyUI's memory management, loaded only to encode."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,16 +16,13 @@ from ..lance_runtime.context import Segment
 from ..lance_runtime.files import VIT_FOLDER, VIT_NAME, read_vision_config
 from ..lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
 from ..lance_runtime.preprocess import vit_patches
-from ..lance_runtime.reuse import Recent
+from ..lance_runtime.reuse import SeenPictures
 from ..lance_runtime.types import LatentShape
 from .attention import comfy_attention
 from .model_files import model_path
 
 AUTO = "auto"
 FOLDER = "text_encoders"
-# Tokens of pictures that were read, for further questions about them: room for the longest clip (6 s at 480p are 16 240
-# tokens of 8 KB in float32), or for 28 pictures. They lie in main memory.
-TOKEN_BYTES = 136 * 2**20
 
 
 class _Tower(nn.Module):
@@ -46,16 +42,11 @@ class VisionTower:
     def __init__(self, model_path: str, name: str, dtype: torch.dtype) -> None:
         self.model_path, self.name, self.dtype = model_path, name, dtype
         self._patcher: comfy.model_patcher.ModelPatcher | None = None
-        self.read: Recent[Segment] = Recent(TOKEN_BYTES)
+        self.seen = SeenPictures()
 
     def encode(self, frames: np.ndarray, preset: str) -> Segment:
         """uint8 (T, H, W, 3) -> the ViT tokens of one image or clip, on the CPU; the same object for the same pixels."""
-        key = hashlib.sha256(np.ascontiguousarray(frames).data).digest(), frames.shape, preset
-        found = self.read.get(key)
-        if found is None:
-            found = self._encode(frames, preset)
-            self.read.put(key, found, found.values.nbytes)
-        return found
+        return self.seen.tokens(frames, preset, self._encode)
 
     def _encode(self, frames: np.ndarray, preset: str) -> Segment:
         patcher = self._loaded()
@@ -66,7 +57,7 @@ class VisionTower:
         with torch.no_grad():
             found = encode_vision(patcher.model.vision, patches.to(patcher.load_device, self.dtype), (t, h, w))
         merge = self.config.spatial_merge_size
-        return Segment.vit(found.cpu(), LatentShape(t, h // merge, w // merge))
+        return Segment.vit(found, LatentShape(t, h // merge, w // merge))
 
     def _loaded(self) -> comfy.model_patcher.ModelPatcher:
         if self._patcher is None:

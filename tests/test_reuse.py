@@ -1,9 +1,12 @@
 """Prefixes of questions: read once, bounded, never changed by what is written behind them."""
 
+import goldens
+import numpy as np
 import pytest
 import tasks
 import torch
 
+from lance_runtime import LancePipeline
 from lance_runtime.context import asking, layout, open_context
 from lance_runtime.decode import answer
 from lance_runtime.prefill import prefill
@@ -121,3 +124,32 @@ def test_kept_bytes_are_those_of_the_prefix(ask):
     small = Prefixes(prefixes.recent.nbytes - 1)
     assert ask("what", small)[0] == ask("what", prefixes)[0]
     assert len(small.recent) == 0
+
+
+@pytest.mark.parametrize("offload", ["none", "layer"])
+def test_a_pipeline_asks_twice_and_reads_the_picture_once(offload):
+    pipe = LancePipeline.from_pretrained(goldens.CHECKPOINT, "image", device="cpu", offload=offload)
+    arguments = tasks.arguments("x2t_image")
+    parts, passes = pipe.components, []
+    layer = parts.model.language_model.model.layers[0].self_attn.q_proj
+    hooks = [
+        parts.vision.patch_embed.register_forward_pre_hook(lambda *_: passes.append("vit")),
+        layer.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape[1])),
+    ]
+    first = pipe(**arguments)
+    picture = max(size for size in passes if size != "vit")
+    assert passes.count("vit") == 1
+    del passes[:]
+    assert pipe(**arguments).token_ids == first.token_ids
+    other = pipe(**arguments | {"question": "the dog in the park"})
+    assert "vit" not in passes
+    assert max(passes) < picture
+    del passes[:]
+    changed = [image[:, ::-1].copy() for image in map(np.asarray, arguments["images"])]
+    pipe(**arguments | {"images": changed})
+    assert passes.count("vit") == 1
+    assert max(size for size in passes if size != "vit") == picture
+    for hook in hooks:
+        hook.remove()
+    fresh = LancePipeline.from_pretrained(goldens.CHECKPOINT, "image", device="cpu")
+    assert fresh(**arguments | {"question": "the dog in the park"}).token_ids == other.token_ids
