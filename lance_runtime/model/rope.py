@@ -40,6 +40,7 @@ def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponent  # to the bit as transformers: far positions magnify the last one
     sections = torch.tensor(config.mrope_section, device=positions.device)
-    axis = torch.repeat_interleave(torch.arange(3, device=positions.device), sections)
+    axes = torch.arange(3, device=positions.device)
+    axis = axes.repeat_interleave(sections, output_size=config.head_dim // 2)  # told, since a device would have to wait
     angles = positions.float()[:, axis].transpose(1, 2) * frequencies  # (B, L, head_dim / 2)
     return Rope(angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype))

@@ -13,7 +13,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,14 +25,13 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from lance_runtime.checkpoint import TensorFile, model_tensors  # noqa: E402
-from lance_runtime.components import assign, build_lance  # noqa: E402
+from loading import bench_loading  # noqa: E402
+
 from lance_runtime.config import LanceConfig  # noqa: E402
 from lance_runtime.context import Context, Segment, VisionTokens, layout  # noqa: E402
 from lance_runtime.decode import decode  # noqa: E402
 from lance_runtime.denoise import predict_velocity  # noqa: E402
 from lance_runtime.engine import Engine  # noqa: E402
-from lance_runtime.model.transformer import Lance  # noqa: E402
 from lance_runtime.prefill import Branch, branch, prefill  # noqa: E402
 from lance_runtime.types import LatentShape, Modality, PixelShape  # noqa: E402
 from lance_runtime.vae import WanVAE, _build, original_name  # noqa: E402
@@ -42,6 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 REAL_WIDTH = {"hidden": 2048, "layers": 2, "height": 768, "width": 768, "vocabulary": 151936, "vae": 160}
 SYSTEM_TOKENS, CLOSING_TOKENS = 32, 8  # about what the templates around a prompt take
 GIGA = 1e9
+COPIED = 256 * 2**20  # bytes
+RESULTS = Path(__file__).with_name("results.jsonl")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
     add("--repeats", type=int, default=10, help="of which the median is taken (default: 10)")
     add("--seconds", type=float, default=5, help="end the repeats of all but the step after this time (default: 5)")
+    add("--record", metavar="MACHINE", help="also append the results to results.jsonl, under this name of the machine")
     add("--profile", action="store_true", help="also write torch.profiler's table of a step to the error stream")
     return parser
 
@@ -99,6 +100,10 @@ class Bench:
     def emit(self, name: str, **values: Any) -> None:
         rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
         print(json.dumps({"bench": name, **rounded}), flush=True)
+        if self.options.record:
+            known = {"machine": self.options.record, "date": time.strftime("%Y-%m-%d"), "dtype": self.options.dtype}
+            with RESULTS.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"bench": name, **known, **rounded}) + "\n")
 
     def timed(self, run: Callable[[], object]) -> float:
         self._wait()
@@ -128,46 +133,6 @@ class Bench:
             getattr(torch, self.device.type).synchronize()
 
 
-def write_checkpoint(path: Path, model: Lance) -> None:
-    """Random weights for a model on the meta device, bfloat16 as published, written one at a time."""
-    header, end = {}, 0
-    for name, parameter in model.named_parameters():
-        start, end = end, end + 2 * parameter.numel()
-        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for parameter in model.parameters():
-            values = torch.ones(parameter.shape, dtype=torch.bfloat16)
-            values = values.uniform_(-0.03, 0.03) if parameter.ndim > 1 else values
-            stream.write(values.view(torch.int16).numpy().data)
-
-
-def bench_loading(bench: Bench, config: LanceConfig) -> Lance:
-    """Opening, building on the meta device, assigning with the cast, and reading every weight once."""
-
-    def load() -> None:
-        nonlocal model
-        model = build_lance(config)
-        assign(model, model_tensors(TensorFile(path)), bench.dtype, bench.device)
-        sum(float(parameter.sum()) for parameter in model.parameters())  # on the CPU, uncast weights are only mapped
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        model = build_lance(config)
-        write_checkpoint(path, model)
-        seconds, size = bench.timed(load), path.stat().st_size
-    bench.emit(
-        "loading",
-        seconds=seconds,
-        file_gb=size / GIGA,
-        gb_per_second=size / GIGA / seconds,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
-    return model
-
-
 def make_context(options: argparse.Namespace, config: LanceConfig, target: LatentShape) -> Context:
     def text(count: int, modality: Modality = Modality.TEMPLATE) -> Segment:
         return Segment.text(torch.randint(config.vocab_size, (count,)).tolist(), modality)
@@ -189,17 +154,35 @@ def bench_prefill(bench: Bench, engine: Engine, context: Context) -> None:
 
 
 def bench_decode(bench: Bench, engine: Engine, context: Context) -> None:
+    """Tokens a second, and what share that is of reading their weights at the rate of a plain copy, in turns."""
     cache, states = prefill(engine, layout(context))
-    vocabulary, count = engine.model.config.vocab_size, bench.options.tokens
+    vocabulary, tokens = engine.model.config.vocab_size, bench.options.tokens
+    source = torch.zeros(COPIED, dtype=torch.uint8, device=engine.device)
+    target = torch.empty_like(source)
 
-    def run() -> None:
+    def run(engine: Engine = engine) -> None:
         answer = decode(
-            engine, cache.clone(), states[:, -1:], cache.length, vocabulary=vocabulary, stop=-1, max_new_tokens=count
+            engine, cache.clone(), states[:, -1:], cache.length, vocabulary=vocabulary, stop=-1, max_new_tokens=tokens
         )
-        assert len(list(answer)) == count
+        assert len(list(answer)) == tokens
 
-    seconds, runs = bench.median(run)
-    bench.emit("decoding", seconds=seconds, tokens=count, tokens_per_second=count / seconds, prefix=cache.length, runs=runs)
+    counted = count(engine, run)
+    weights = sum(layer.weight.nbytes for layer in {layer for layer, _ in counted.linears})
+    run(), target.copy_(source)
+    pairs = [(bench.timed(run), bench.timed(lambda: target.copy_(source))) for _ in range(bench.options.repeats)]
+    rates = [(tokens * weights / own / GIGA, 2 * COPIED / other / GIGA) for own, other in pairs]
+    seconds = statistics.median(own for own, _ in pairs)
+    bench.emit(
+        "decoding",
+        seconds=seconds,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        prefix=cache.length,
+        weights_gb=weights / GIGA,
+        share_of_copy=statistics.median(own / other for own, other in rates),
+        copy_gb_per_second=statistics.median(other for _, other in rates),
+        runs=len(pairs),
+    )
 
 
 @dataclass
@@ -254,7 +237,15 @@ def bench_step(bench: Bench, engine: Engine, branches: list[Branch], target: Lat
     def step(engine: Engine = engine) -> Tensor:
         return predict_velocity(engine, latents, timesteps, branches)
 
+    attending: list[float] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        attending.append(bench.timed(lambda: found.append(engine.attention(q, k, v))))
+        return found[0]
+
     counted, peak = count(engine, step), bench.peak_bytes()
+    step(replace(engine, attention=attention))
     multiply = yardstick(engine, counted)
     multiply()
     pairs = [(bench.timed(step), bench.timed(multiply)) for _ in range(bench.options.repeats)]
@@ -273,6 +264,7 @@ def bench_step(bench: Bench, engine: Engine, branches: list[Branch], target: Lat
         mm_gflop_per_second=counted.linear / GIGA / other,
         share_of_mm=statistics.median(shares),
         share_range=[round(min(shares), 3), round(max(shares), 3)],
+        attention_seconds=sum(attending),
         share_of_best=operations / counted.linear * min(times[1] for times in pairs) / min(times[0] for times in pairs),
         runs=len(pairs),
         peak_gb=peak / GIGA,

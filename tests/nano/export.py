@@ -63,9 +63,8 @@ def export_vae(work: Path, to: Path) -> None:
     save_file(rounded({original_name(name): value for name, value in state.items()}), to / "Wan2.2_VAE.safetensors", NOTES)
 
 
-def export_lance(nets: dict[str, Tensor], to: Path, tokenizer: Path) -> None:
+def export_lance(state: dict[str, Tensor], to: Path, tokenizer: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
-    state = {name.removeprefix("lance."): value for name, value in nets.items() if name.startswith("lance.")}
     table = latent_position_embedding(LatentShape(1, 6, 6), CONFIG.hidden_size, torch.device("cpu"))
     tensors = {**rounded(state), "latent_pos_embed.pos_embed": table}
     save_file(tensors, to / "model.safetensors", {**NOTES, "lance_variant": ANY_VARIANT})
@@ -90,9 +89,8 @@ def _write_vocabulary(tokenizer: Tokenizer, to: Path) -> None:
     write_json(to / "tokenizer_config.json", {**settings, "added_tokens_decoder": added})
 
 
-def export_vision(nets: dict[str, Tensor], to: Path) -> None:
+def export_vision(state: dict[str, Tensor], to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
-    state = {name.removeprefix("vision."): value for name, value in nets.items() if name.startswith("vision.")}
     save_file(rounded(state), to / "vit.safetensors", NOTES)
     fields = {name: getattr(VISION, name) for name in VISION.__dataclass_fields__}
     write_json(to / "config.json", {**fields, "model_type": "qwen2_5_vl", "hidden_act": "silu", "in_channels": 3})
@@ -104,9 +102,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=ROOT / "lance_runtime" / "nano")
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
-    nets = torch.load(arguments.work / "lance.pt", weights_only=True)["averaged"]
-    export_lance(nets, arguments.to / "Lance_3B", arguments.work / "tokenizer.json")
-    export_vision(nets, arguments.to / "Qwen2.5-VL-ViT")
+    lance, vision = (torch.load(arguments.work / name, weights_only=True) for name in ("lance.pt", "vision.pt"))
+    export_lance(lance["averaged"], arguments.to / "Lance_3B", arguments.work / "tokenizer.json")
+    export_vision(vision, arguments.to / "Qwen2.5-VL-ViT")
     export_vae(arguments.work, arguments.to)
     size = sum(path.stat().st_size for path in arguments.to.rglob("*") if path.is_file())
     print(f"{size / 1e6:.2f} MB in {arguments.to}")

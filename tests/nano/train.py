@@ -38,14 +38,15 @@ from lance_runtime.tokenizer import LanceTokenizer  # noqa: E402
 from lance_runtime.types import LatentShape, Modality  # noqa: E402
 from nano import vae as vae_training  # noqa: E402
 from nano.batches import Batch, Pool, Sequencer  # noqa: E402
+from nano.learning import Learner  # noqa: E402
 from nano.parts import CONFIG, make_lance, make_tokenizer, make_vision  # noqa: E402
 from nano.world import draw_clip, draw_scene, render, render_clip  # noqa: E402
 
 # How often a task is drawn, and how many examples of it at once: about 0.4 s of one core each, so that two processes
 # that draw tasks of their own wait little for each other.
 SHARES = {
-    "t2i": 0.34, "image_edit": 0.26, "x2t_image": 0.18, "t2v": 0.03, "i2v": 0.02, "subject_image": 0.07,
-    "video_edit": 0.02, "subject_video": 0.02, "x2t_video": 0.06,
+    "t2i": 0.26, "image_edit": 0.27, "x2t_image": 0.26, "t2v": 0.03, "i2v": 0.02, "subject_image": 0.06,
+    "video_edit": 0.015, "subject_video": 0.015, "x2t_video": 0.07,
 }  # fmt: skip
 BATCH = {
     "t2i": 32, "image_edit": 16, "x2t_image": 36, "t2v": 12, "i2v": 12, "subject_image": 20,
@@ -55,6 +56,7 @@ SHIFT = 2.5  # of the noise levels; drawing takes 3.5, but shapes are decided at
 ANSWER_WEIGHT = 0.5
 AVERAGED = 0.998
 SAVE_EVERY = 200
+PARTS = ("lance", "averaged", "learner")  # of what is saved
 
 
 class FrozenVAE:
@@ -158,7 +160,9 @@ def _through(model: Lance, batch: Batch, hidden: Streams, und_rows: Tensor, gen_
     return model.run_layers(hidden, Streams(parts[0], parts[1] if len(gen_rows) else None), attend)
 
 
+@torch.no_grad()
 def _vit(vision: Any, patches: Tensor, grids: Tensor | None) -> Tensor:
+    """The tower has learned before, and stays as it is: what drawing asks of it would take its shapes away."""
     result = vision(patches, grid_thw=grids)
     return result if isinstance(result, Tensor) else result.pooler_output
 
@@ -184,28 +188,17 @@ def loss_of(model: Lance, vision: Any, batch: Batch, generator: torch.Generator)
     return (error * weight)[:, drawn].sum() / weight[:, drawn].sum()
 
 
-def optimizers(nets: torch.nn.Module, rate: float) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the layers' matrices (a third fewer steps here), AdamW for all else; both move weights by ``rate``."""
-    inner = {name for name, value in nets.named_parameters() if value.ndim == 2 and (".layers." in name or ".blocks." in name)}
-    chosen = [[value for name, value in nets.named_parameters() if (name in inner) == wanted] for wanted in (True, False)]
-    return (
-        torch.optim.Muon(chosen[0], lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(chosen[1], lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
-    )
-
-
 class Trainer:
     """Seeded, resumable training. Processes draw tasks of their own, keep the same weights and share their gradients."""
 
     def __init__(self, work: Path, steps: int, rate: float, seed: int) -> None:
         torch.manual_seed(seed)
-        self.work, self.steps, self.rate, self.step, self.spent = work, steps, rate, 0, 0.0
+        self.work, self.steps, self.step, self.spent = work, steps, 0, 0.0
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else None
-        self.nets = torch.nn.ModuleDict({"lance": make_lance(), "vision": make_vision()})
-        if (work / "vision.pt").is_file():
-            self.nets["vision"].load_state_dict(torch.load(work / "vision.pt", weights_only=True))
-        self.averaged = copy.deepcopy(self.nets).requires_grad_(False)
-        self.optimizers = optimizers(self.nets, rate)
+        self.lance, self.vision = make_lance(), make_vision().requires_grad_(False)
+        self.vision.load_state_dict(torch.load(work / "vision.pt", weights_only=True))
+        self.averaged = copy.deepcopy(self.lance).requires_grad_(False)
+        self.learner = Learner(self.lance, rate, steps)
         self.rng, self.generator = random.Random(), torch.Generator()
         self._resume()
         if not (work / "tokenizer.json").is_file():  # every stage reads with the same words
@@ -224,17 +217,14 @@ class Trainer:
         path = self.work / "lance.pt"
         if path.is_file():
             state = torch.load(path, weights_only=True)
-            self.nets.load_state_dict(state["nets"])
-            self.averaged.load_state_dict(state["averaged"])
-            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(kept)
+            for name in PARTS:
+                getattr(self, name).load_state_dict(state[name])
             self.step, self.spent = state["step"], state["spent"]
 
     def save(self) -> None:
         if self.rank:
             return
-        state = {name: getattr(self, name).state_dict() for name in ("nets", "averaged")}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {name: getattr(self, name).state_dict() for name in PARTS}
         torch.save({**state, "step": self.step, "spent": self.spent}, self.work / "lance.new")
         (self.work / "lance.new").replace(self.work / "lance.pt")
 
@@ -258,18 +248,13 @@ class Trainer:
         self.save()
 
     def one(self, batch: Batch, task: str) -> float:
-        loss = loss_of(self.nets["lance"], self.nets["vision"], batch, self.generator)
-        self.nets.zero_grad()
+        loss = loss_of(self.lance, self.vision, batch, self.generator)
         (loss * (ANSWER_WEIGHT if batch.answer else 1.0)).backward()
         self._share_gradients()
-        torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate * vae_training.schedule(self.step, self.steps)
-            optimizer.step()
+        self.learner.update(self.step)
         kept = min(AVERAGED, self.step / (self.step + 10))
         with torch.no_grad():
-            for average, value in zip(self.averaged.parameters(), self.nets.parameters(), strict=True):
+            for average, value in zip(self.averaged.parameters(), self.lance.parameters(), strict=True):
                 average.lerp_(value, 1 - kept)
         return float(loss.detach())
 
@@ -285,7 +270,7 @@ class Trainer:
         """The sum over the processes, in one vector."""
         if self.rank is None:
             return
-        parameters = list(self.nets.parameters())
+        parameters = self.learner.parameters
         joined = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])
         torch.distributed.all_reduce(joined)
         for parameter, part in zip(parameters, joined.split([p.numel() for p in parameters]), strict=True):

@@ -17,7 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from lance_runtime.files import NANO  # noqa: E402
 from lance_runtime.vae import original_name  # noqa: E402
 from nano.export import STATISTICS  # noqa: E402
-from nano.parts import make_lance, make_vision  # noqa: E402
+from nano.learning import Learner  # noqa: E402
+from nano.parts import make_lance  # noqa: E402
 from nano.vae import build  # noqa: E402
 
 
@@ -30,13 +31,13 @@ def unpack(shipped: Path, work: Path) -> None:
     shape = (-1, 1, 1, 1)
     values = tuple(torch.tensor(published[name]).view(shape) for name in ("latents_mean", "latents_std"))
     torch.save(values, work / "vae_statistics.pt")
-    nets = torch.nn.ModuleDict({"lance": make_lance(), "vision": make_vision()})
-    for name, path in (("lance", "Lance_3B/model.safetensors"), ("vision", "Qwen2.5-VL-ViT/vit.safetensors")):
-        tensors = {key: value.float() for key, value in load_file(shipped / path).items() if not key.startswith("latent_pos")}
-        nets[name].load_state_dict(tensors)
-    optimizer = torch.optim.AdamW(nets.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    weights = {"nets": nets.state_dict(), "averaged": nets.state_dict()}
-    torch.save({**weights, "optimizer": optimizer.state_dict(), "step": 0, "spent": 0.0}, work / "lance.pt")
+    lance, vision = (
+        {name: value.float() for name, value in load_file(shipped / path).items() if not name.startswith("latent_pos")}
+        for path in ("Lance_3B/model.safetensors", "Qwen2.5-VL-ViT/vit.safetensors")
+    )
+    torch.save(vision, work / "vision.pt")
+    learner = Learner(make_lance(), rate=0, steps=1).state_dict()
+    torch.save({"lance": lance, "averaged": lance, "learner": learner, "step": 0, "spent": 0.0}, work / "lance.pt")
     shutil.copy(shipped / "Lance_3B" / "tokenizer.json", work / "tokenizer.json")
 
 

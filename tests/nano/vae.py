@@ -24,6 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from nano.learning import schedule
 from nano.world import Scene, draw_clip, draw_scene, render, render_clip
 
 WIDTHS = (8, 12)  # encoder and decoder: 3.5 MB in bfloat16
@@ -191,11 +192,6 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_([p for p in self.vae.parameters() if p.grad is not None], 1.0)
         self.optimizer.step()
         return float(loss), float((drawn.detach().clamp(-1, 1) - pixels).square().mean())
-
-
-def schedule(step: int, total: int) -> float:
-    """A short rise, then a cosine down to a hundredth."""
-    return min(1, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
 
 
 def main() -> None:

@@ -1,0 +1,227 @@
+"""The floor of Lance's work on any card: what is multiplied and what is read, counted on the runtime's own passes.
+
+    python tests/benchmarks/roofline.py            # print ROOFLINE.md
+    python tests/benchmarks/roofline.py --write    # and write it
+
+The network of the real size runs on the meta device, where every linear layer and every attention says its shape and
+nothing is computed. Measured numbers come from ``results.jsonl``, which ``bench.py --record`` appends to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from bench import Counted, count, make_context
+
+from lance_runtime.components import build_lance
+from lance_runtime.config import LanceConfig
+from lance_runtime.context import Context, layout
+from lance_runtime.decode import next_states
+from lance_runtime.denoise import flow_sigmas, predict_velocity
+from lance_runtime.engine import Engine
+from lance_runtime.guidance import Guidance
+from lance_runtime.prefill import branch, prefill
+from lance_runtime.quantize import Plan
+from lance_runtime.quantized import FORMATS
+from lance_runtime.types import Modality, PixelShape
+
+FOLDER = Path(__file__).parent
+GIGA, TERA = 1e9, 1e12
+PROMPT_TOKENS = 128
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of picture or clip."""
+
+    name: str
+    pixels: PixelShape
+    edit: bool = False
+
+    @property
+    def context(self) -> Context:
+        size = SimpleNamespace(height=self.pixels.height, width=self.pixels.width, edit=self.edit, prompt_tokens=PROMPT_TOKENS)
+        return make_context(size, LanceConfig(), self.pixels.latent())  # type: ignore[arg-type]
+
+
+WORKS = (
+    Work("t2i 768 x 768", PixelShape(1, 768, 768)),
+    Work("image edit 768 x 768", PixelShape(1, 768, 768), edit=True),
+    Work("t2v 480 x 848 x 49", PixelShape(49, 480, 848)),
+    Work("t2v 480 x 848 x 121", PixelShape(121, 480, 848)),
+)
+# TFLOP/s of dense bfloat16 products and GB/s of memory: round numbers around which real cards lie, and no card's own.
+CARDS = {"30 TFLOP/s, 300 GB/s": (30, 300), "100 TFLOP/s, 700 GB/s": (100, 700), "800 TFLOP/s, 4000 GB/s": (800, 4000)}
+
+
+@cache
+def engine() -> Engine:
+    return Engine(build_lance(LanceConfig()).to(torch.bfloat16), torch.bfloat16, META)
+
+
+@cache
+def weight_bytes(kind: str) -> dict[str, int]:
+    """Bytes of every weight by name: bfloat16, or as ``quantize`` writes them."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in engine().model.named_parameters()}
+    sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
+    if kind != "bfloat16":
+        for name in Plan(kind).chosen(shapes):
+            parts = FORMATS[kind].encode(torch.empty(shapes[name], device=META))  # type: ignore[misc]
+            sizes[name] = sum(part.nbytes for part in parts.values())
+    return sizes
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the network: its operations, the weights that it reads, and the bytes of keys and values before it."""
+
+    counted: Counted
+    cached: int = 0
+
+    @property
+    def operations(self) -> int:
+        return self.counted.linear + self.counted.attention
+
+    def read(self, kind: str) -> int:
+        names = {layer: name for name, layer in engine().model.named_modules()}
+        sizes = weight_bytes(kind)
+        return self.cached + sum(sizes[f"{names[layer]}.weight"] for layer in {layer for layer, _ in self.counted.linears})
+
+    def seconds(self, kind: str, rate: float, bandwidth: float) -> float:
+        """The floor on a card of a rate (TFLOP/s) and a bandwidth (GB/s).
+
+        int8 weights are multiplied with int8 inputs, at twice the rate; all others in bfloat16.
+        """
+        products = self.counted.linear / (2 if kind == "int8" else 1) + self.counted.attention
+        return max(products / (rate * TERA), self.read(kind) / (bandwidth * GIGA))
+
+
+@cache
+def step(work: Work) -> Pass:
+    """A denoising step with guidance: two branches."""
+    grid = work.pixels.latent()
+    contexts = (work.context, work.context.without(Modality.PROMPT))
+    branches = [branch(engine(), layout(context, grid)) for context in contexts]
+    latents = torch.empty(2, engine().model.config.latent_channels, *grid, dtype=torch.bfloat16, device=META)
+    times = torch.empty(2, grid.frames, device=META)
+    counted = count(engine(), lambda host: predict_velocity(host, latents, times, branches))
+    return Pass(counted, sum(one.cache.nbytes for one in branches))
+
+
+@cache
+def reading(work: Work) -> Pass:
+    return Pass(count(engine(), lambda host: prefill(host, layout(work.context))))
+
+
+@cache
+def token(length: int) -> Pass:
+    """One token of an answer behind a prefix of this many."""
+    config, host = LanceConfig(), engine()
+    from lance_runtime.kv_cache import KVCache
+
+    store = KVCache(config, length + 1, torch.bfloat16, META)
+    store.length = length
+
+    def run(host: Engine) -> None:
+        host.model.logits(next_states(host, store, 0, length))
+
+    return Pass(count(host, run), store.nbytes)
+
+
+def guided(steps: int = 30) -> int:
+    """Steps of the default schedule at which guidance acts."""
+    return sum(Guidance(scale=4.0).acts_at(sigma) for sigma in flow_sigmas(steps)[:-1])
+
+
+def table(*rows: list[str]) -> Iterator[str]:
+    yield "| " + " | ".join(rows[0]) + " |"
+    yield "| --- |" + " ---: |" * (len(rows[0]) - 1)
+    yield from ("| " + " | ".join(row) + " |" for row in rows[1:])
+
+
+def short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def counts() -> Iterator[str]:
+    kinds = ("bfloat16", *FORMATS)
+    head = ["a step with guidance", "target tokens", "prefix", "linear TFLOP", "attention TFLOP", "prefix GB"]
+    rows = []
+    for work in WORKS:
+        one = step(work)
+        prefix = sum(map(len, layout(work.context).prefix))
+        tokens = work.pixels.latent().tokens
+        numbers = (one.counted.linear / TERA, one.counted.attention / TERA, one.cached / GIGA)
+        rows.append([work.name, f"{tokens:,}", f"{prefix:,}", *map(short, numbers)])
+    yield from table(head, *rows)
+    yield ""
+    head = ["GB of weights that are read", *kinds]
+    passes = {"a denoising step": step(WORKS[0]), "a token of an answer": token(0)}
+    rows = [[name, *(short(one.read(kind) / GIGA - one.cached / GIGA) for kind in kinds)] for name, one in passes.items()]
+    rows.append(["the whole file", *(short(sum(weight_bytes(kind).values()) / GIGA) for kind in kinds)])
+    yield from table(head, *rows)
+
+
+def floors() -> Iterator[str]:
+    for card, (rate, bandwidth) in CARDS.items():
+        yield f"**{card}**"
+        yield ""
+        head = ["least seconds", *(f"a step, {kind}" for kind in ("bfloat16", "int8", "nvfp4")), "30 steps, bfloat16"]
+        rows = []
+        for work in WORKS:
+            one, plain = step(work), reading(work).seconds("bfloat16", rate, bandwidth)
+            seconds = one.seconds("bfloat16", rate, bandwidth)
+            # A step without guidance is one branch: half the operations, the same weights.
+            half = max(one.operations / 2 / (rate * TERA), one.read("bfloat16") / (bandwidth * GIGA))
+            whole = plain + guided() * seconds + (30 - guided()) * half
+            steps = (one.seconds(kind, rate, bandwidth) for kind in ("bfloat16", "int8", "nvfp4"))
+            rows.append([work.name, *map(short, steps), short(whole)])
+        yield from table(head, *rows)
+        yield ""
+        behind = token(900)
+        tokens = (short(1 / behind.seconds(kind, rate, bandwidth)) for kind in ("bfloat16", *FORMATS))
+        yield from table(
+            ["most tokens a second", "bfloat16", *FORMATS], ["an answer about one picture (a prefix of 900)", *tokens]
+        )
+        yield ""
+
+
+def measured() -> Iterator[str]:
+    path = FOLDER / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    for line in lines:
+        machine = line.pop("machine")
+        yield f"- {machine}: {line.pop('bench')}, " + ", ".join(f"{name} {value}" for name, value in line.items())
+
+
+def text() -> str:
+    sections = [
+        ["# The floor, and how far we are above it", "", "Written by `tests/benchmarks/roofline.py`."],
+        ["## What there is to do", "", *counts()],
+        ["## The least time", "", *floors()],
+        ["## Measured", "", *measured()],
+    ]
+    return "\n\n".join("\n".join(section).strip() for section in sections) + "\n"
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    made = text()
+    if parser.parse_args().write:
+        (FOLDER / "ROOFLINE.md").write_text(made, "utf-8")
+    sys.stdout.write(made)
+
+
+if __name__ == "__main__":
+    main()

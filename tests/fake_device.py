@@ -1,0 +1,137 @@
+"""A device that is neither CPU nor CUDA: every operator runs there, on tensors that refuse to mix with the CPU's.
+
+    python tests/fake_device.py VARIANT [OFFLOAD]    # the tasks of a variant there and on the CPU, as JSON
+
+torch's own place for that (PrivateUse1 with a backend in Python) lacks a few ways of making tensors; ``complete`` adds them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "toaster"
+# Operators that may see both sides: those that move, and those that torch lets take indices from the CPU.
+BOTH_SIDES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::index", "aten::index_put_"}
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it lies on the device; ``held`` is the one that does the work."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Elsewhere:
+        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device(NAME, 0),
+        )
+        made.held = held
+        return made
+
+    def tolist(self) -> list:
+        return self.held.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(operator, *args, **(kwargs or {}))
+
+
+def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Any operator, on what the tensors hold."""
+    name, tensors = operator._schema.name, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    here = any(isinstance(tensor, Elsewhere) for tensor in tensors)
+    strangers = [tuple(x.shape) for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
+    if here and strangers and name not in BOTH_SIDES:
+        raise RuntimeError(f"{name} on the device {NAME} got tensors of the CPU, of shapes {strangers}.")
+    if kwargs.get("device") is not None:
+        here, kwargs["device"] = torch.device(kwargs["device"]).type == NAME, torch.device("cpu")
+    if name == "aten::copy_":
+        here = isinstance(args[0], Elsewhere)
+    held_args, held = tree_map(lambda x: x.held if isinstance(x, Elsewhere) else x, (args, kwargs))
+    out = operator(*held_args, **held)
+    if name.endswith("_"):  # in place
+        return args[0]
+    return tree_map(lambda x: Elsewhere(x) if here and isinstance(x, torch.Tensor) else x, out)
+
+
+def complete() -> None:
+    """What torch asserts about, made on the CPU and moved: new tensors from numbers, and indices that are lists."""
+
+    def moved(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            found = make(*args, **kwargs)
+            return found if device is None else found.to(device)
+
+        return made
+
+    def placed(access: Callable[..., Any]) -> Callable[..., Any]:
+        def accessed(tensor: torch.Tensor, key: Any, *value: Any) -> Any:
+            if not isinstance(tensor, Elsewhere):
+                return access(tensor, key, *value)
+            keys = tuple(
+                torch.tensor(k, device=tensor.device) if isinstance(k, list) else k
+                for k in (key if isinstance(key, tuple) else (key,))
+            )
+            return access(tensor, keys, *(torch.as_tensor(v, dtype=tensor.dtype).to(tensor.device) for v in value))
+
+        return accessed
+
+    for name in ("tensor", "arange", "linspace"):
+        setattr(torch, name, moved(getattr(torch, name)))
+    for name in ("__getitem__", "__setitem__"):
+        setattr(torch.Tensor, name, placed(getattr(torch.Tensor, name)))
+
+
+def install() -> torch.library.Library:
+    """Register the device; what is returned must be kept alive."""
+    _setup_privateuseone_for_python_backend(NAME)
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(run, "PrivateUse1")
+    complete()
+    return library
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    sys.path[:0] = [str(here), str(here.parent)]
+    kept = install()
+    import goldens
+    import tasks
+
+    from lance_runtime import LancePipeline
+
+    variant, offload = (*sys.argv[1:], "none")[:2]
+    pipes = {
+        device: LancePipeline.from_pretrained(goldens.CHECKPOINT, variant, device, torch.float32, offload=kind)
+        for device, kind in (("cpu", "none"), (NAME, offload))
+    }
+    found = {}
+    for task in (*tasks.GENERATION_TASKS, *tasks.UNDERSTANDING_TASKS):
+        if (task in tasks.VIDEO_TASKS) == (variant == "video"):
+            expected, other = (pipes[device](**tasks.arguments(task)) for device in ("cpu", NAME))
+            if expected.text is not None:
+                found[task] = {"ids": [expected.token_ids, other.token_ids]}
+            else:
+                frames = [one.frames.astype(int) for one in (expected, other)]
+                apart = float((expected.latents - other.latents.cpu()).abs().max())
+                found[task] = {
+                    "device": other.latents.device.type, "apart": apart, "pixels": int(abs(frames[0] - frames[1]).max())
+                }  # fmt: skip
+    del kept
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
