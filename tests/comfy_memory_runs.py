@@ -54,9 +54,9 @@ def kept() -> int:
 class Graph:
     """The loader's three outputs, and short runs with them."""
 
-    def __init__(self, nodes: Any, checkpoint: str = "Lance_3B") -> None:
+    def __init__(self, nodes: Any, model: str = "Lance_3B/model.safetensors", vae: str = "Wan2.2_VAE.pth") -> None:
         self.nodes = nodes
-        loaded = nodes.LanceNativeLoader.execute(f"{checkpoint}/model.safetensors", "auto", "Wan2.2_VAE.pth", "auto", "float32")
+        loaded = nodes.LanceNativeLoader.execute(model, "auto", vae, "auto", "float32")
         self.model, self.clip, self.vae = loaded.result
         self.picture = torch.linspace(0, 1, 64 * 96 * 3).view(1, 64, 96, 3)
 
@@ -65,9 +65,10 @@ class Graph:
             self.clip, self.vae, "image_256res", 1, images={"image_0": self.picture}
         ).result
 
-    def draw(self, context: Any = None, latent: dict | None = None, model: Any = None) -> torch.Tensor:
+    def draw(self, context: Any = None, latent: dict | None = None, model: Any = None, **other: Any) -> torch.Tensor:
         latent = latent or self.nodes.LanceNativeEmptyLatent.execute("custom", 96, 64, 1, 0.0, 1).result[0]
         settings = {"prompt": "a red hat", "negative_prompt": "", "seed": 5, "steps": 4, "cfg": 4.0, "shift": 3.5}
+        settings |= other
         guidance = {"interval_start": 0.0, "interval_end": 1.0, "renorm": "global", "renorm_min": 0.0}
         return self.nodes.LanceNativeSampler.execute(
             model or self.model,
@@ -167,7 +168,7 @@ def draw_with_wan(model: Any) -> None:
 
 def others(nodes: Any) -> dict:
     """Two Lance graphs and another model in turn, then all of them dropped."""
-    first, second, wan = Graph(nodes), Graph(nodes, "Lance_3B_Video"), wan_model()
+    first, second, wan = Graph(nodes), Graph(nodes, "Lance_3B_Video/model.safetensors"), wan_model()
     before = [first.draw(), second.draw()]
     draw_with_wan(wan)
     first.ask()
@@ -288,6 +289,19 @@ def questions_and_gone(nodes: Any) -> dict:
     management.unload_all_models()
     management.cleanup_models_gc()
     return {"kept": alive("Prefixes", "Recent", "KeptPrefix"), "models": alive("LanceModel", "VisionTower")}
+
+
+def nano(nodes: Any) -> dict:
+    """A picture of the built-in Nano with (almost) no memory for weights."""
+    name = "Lance Nano (built in)"
+    graph = Graph(nodes, name, name)
+    management.is_device_cpu = lambda device: False
+    management.vram_state = management.VRAMState.NO_VRAM
+    latent = nodes.LanceNativeEmptyLatent.execute("custom", 96, 96, 1, 0.0, 1).result[0]
+    prompt = "a big red star in the middle on a pink background"
+    pixels = graph.vae.decode(graph.draw(latent=latent, prompt=prompt, steps=30))
+    report = {"low": graph.model.model.model_lowvram, "bytes loaded": graph.model.model.model_loaded_weight_memory}
+    return report | {"bytes": graph.model.model_size(), "pixels": (pixels.reshape(96, 96, 3) * 255).round().int().tolist()}
 
 
 def growth(nodes: Any) -> dict:

@@ -86,7 +86,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def patched(nodes: Any) -> dict:
     """A LoRA on quantised weights, against the same LoRA on the same weights decoded, with memory and without."""
-    graph, full = runs.Graph(nodes), runs.Graph(nodes, "Decoded")
+    graph, full = runs.Graph(nodes), runs.Graph(nodes, "Decoded/model.safetensors")
     adapter = lora()
     on, on_full = (comfy.sd.load_lora_for_models(g.model, g.clip, adapter, 1.0, 1.0) for g in (graph, full))
     bare, exact, bare_full = graph.draw(), full.draw(model=on_full[0]), full.draw()

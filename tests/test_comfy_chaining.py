@@ -128,6 +128,14 @@ def test_core_latents_to_begin_with(ours, server):
     assert 0 < near < far / 2
 
 
+def core_draws(latent):
+    """ComfyUI's own prompt and sampler on a latent."""
+    settings = {"seed": 3, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    links = {"model": ["load", 0], "positive": ["prompt", 0], "negative": ["prompt", 0], "latent_image": latent}
+    prompt = node("CLIPTextEncode", clip=["load", 1], text="a red hat")
+    return {"prompt": prompt, "sample": node("KSampler", **settings, **links)}
+
+
 @pytest.mark.parametrize("ours", [False, True])
 def test_wan_start_latents_keep_their_first_frame(ours, server):
     start = node(
@@ -136,10 +144,7 @@ def test_wan_start_latents_keep_their_first_frame(ours, server):
     if ours:
         nodes = {"sample": draws(["start", 0])}
     else:
-        prompt = node("CLIPTextEncode", clip=["load", 1], text="a red hat")
-        settings = {"seed": 3, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-        links = {"model": ["load", 0], "positive": ["prompt", 0], "negative": ["prompt", 0], "latent_image": ["start", 0]}
-        nodes = {"prompt": prompt, "sample": node("KSampler", **settings, **links)}
+        nodes = core_draws(["start", 0])
     video = latents(server, checkpoint="Lance_3B_Video", start=start, **nodes)
     picture = latents(server, checkpoint="Lance_3B_Video", sample=vae_encode())
     assert video.shape[2] == 3
@@ -183,10 +188,7 @@ def test_inpainting_keeps_what_is_outside_the_mask(ours, server):
     if ours:
         sample = {"sample": draws(["masked", 0])}
     else:
-        prompt = node("CLIPTextEncode", clip=["load", 1], text="a red hat")
-        settings = {"seed": 3, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-        links = {"model": ["load", 0], "positive": ["prompt", 0], "negative": ["prompt", 0], "latent_image": ["masked", 0]}
-        sample = {"prompt": prompt, "sample": node("KSampler", **settings, **links)}
+        sample = core_draws(["masked", 0])
     painted, before = latents(server, **masks, **sample), latents(server, sample=vae_encode())
     assert difference(painted[..., :3], before[..., :3]) < 1e-4
     assert (painted - before)[..., 3:].abs().mean() > 0.1

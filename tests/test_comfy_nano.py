@@ -18,7 +18,12 @@ from nano.tasks import Example, frames
 from nano.words import caption
 from nano.world import CORNERS, PAIRS, PLACES, SHAPES, Clip, Scene, Thing, draw_scene, render
 from PIL import Image
+from test_comfy_memory import report
 from workflow_nodes import ask, edit, sampler, subject, video_start
+
+from lance_runtime.checkpoint import TensorFile
+from lance_runtime.files import NANO as NANO_FOLDER
+from lance_runtime.quantize import Plan, quantize
 
 pytestmark = pytest.mark.comfy
 NANO = "Lance Nano (built in)"
@@ -231,6 +236,26 @@ def test_a_saved_model_draws_the_same_thing(server):
     )
     graph["sample"]["inputs"].update(model=["saved", 0])
     assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
+
+
+@gated(DRAWS)
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nvfp4"])
+def test_a_quantised_file_draws_the_same_thing(server, kind):
+    path = server.base / "models" / "diffusion_models" / f"nano_{kind}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    quantize(TensorFile(NANO_FOLDER / "Lance_3B" / "model.safetensors"), path, Plan(kind))
+    loader = load(vit_name="auto", vae_name=NANO)
+    loader["inputs"].update(model_name=path.name, variant="image")
+    graph = {"load": loader, "empty": empty(), "sample": draw(PROMPT, ["empty", 0]), **decoded()}
+    assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
+
+
+@gated(DRAWS)
+def test_a_run_with_hardly_any_memory_draws_the_same_thing():
+    found = report("nano", NANO_FOLDER)
+    assert found["low"]
+    assert found["bytes loaded"] < found["bytes"] / 2
+    assert same_scene(seen(np.array(found["pixels"], dtype=np.uint8)), BIG_STAR)
 
 
 NEW_NAME, ITS_COLOUR = "azure", "blue"  # a word that Nano has never read
