@@ -78,6 +78,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: the accelerator that torch finds)")
     group.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on an accelerator, float32 on a CPU")
     group.add_argument("--offload", choices=OFFLOAD_KINDS, default="none", help="keep parts of the model off the device")
+    group.add_argument("--compile", action="store_true", help="torch.compile the layers: slow at first, faster after")
     group.add_argument("--tiled-vae", action="store_true", help="encode and decode pictures in tiles, in less memory")
 
 
@@ -147,7 +148,7 @@ def run(options: argparse.Namespace) -> str:
     arguments = arguments_of(options)
     variant = options.variant or ("video" if options.task in VIDEO_TASKS else "image")
     dtype = DTYPES.get(options.dtype)
-    how = (options.device, dtype, options.vit, options.offload, options.tiled_vae)
+    how = (options.device, dtype, options.vit, options.offload, options.tiled_vae, options.compile)
     pipe = LancePipeline.from_pretrained(options.model, variant, *how)
     with Progress(options.task, "token" if options.task in UNDERSTANDING_TASKS else "step") as progress:
         out = pipe(options.task, options.prompt, progress=progress, **arguments)

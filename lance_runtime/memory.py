@@ -12,9 +12,14 @@ from .components import Components
 OFFLOAD_KINDS = ("none", "model", "layer")
 
 
-def check_offload(kind: str) -> None:
+def check_offload(kind: str, compiled: bool = False) -> None:
     if kind not in OFFLOAD_KINDS:
         raise ValueError(f"offload {kind!r} is none of {', '.join(OFFLOAD_KINDS)}.\nUse one of them.")
+    if compiled and kind == "layer":
+        raise ValueError(
+            "offload 'layer' and compile are 2 ways to run a layer, which cannot be compiled while its weights come and go.\n"
+            "Use offload 'model' or 'none', or leave compile out."
+        )
 
 
 def add_offloading(components: Components, kind: str) -> None:

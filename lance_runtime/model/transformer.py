@@ -19,6 +19,7 @@ from ..config import LanceConfig
 from ..types import LatentShape
 from .attention import SelfAttention
 from .embeddings import TimestepEmbedder
+from .rope import Rope
 
 UND, GEN = "", "_moe_gen"
 
@@ -69,15 +70,19 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Streams, rope: Streams, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Streams:
         projected, lengths = [], []
         for (expert, x), (_, table) in zip(hidden.experts, rope.experts, strict=True):
-            normed = getattr(self, f"input_layernorm{expert}")(x)
-            projected.append(self.self_attn.project(normed, table, expert))
+            projected.append(self.before_attention(x, table, expert))
             lengths.append(x.shape[1])
         q, k, v = projected[0] if len(projected) == 1 else (torch.cat(parts, dim=2) for parts in zip(*projected, strict=True))
         attended = attend(q, k, v).split(lengths, dim=1)
-        done = {expert: self._finish(x, a, expert) for (expert, x), a in zip(hidden.experts, attended, strict=True)}
+        done = {expert: self.after_attention(x, a, expert) for (expert, x), a in zip(hidden.experts, attended, strict=True)}
         return Streams(done.get(UND), done.get(GEN))
 
-    def _finish(self, hidden: Tensor, attended: Tensor, expert: str) -> Tensor:
+    def before_attention(self, hidden: Tensor, rope: Rope, expert: str) -> tuple[Tensor, Tensor, Tensor]:
+        """One expert's tokens (B, L, D) -> their queries, keys and values (B, heads, L, head_dim)."""
+        return self.self_attn.project(getattr(self, f"input_layernorm{expert}")(hidden), rope, expert)
+
+    def after_attention(self, hidden: Tensor, attended: Tensor, expert: str) -> Tensor:
+        """One expert's tokens (B, L, D), and what attention gave them (B, L, H * d) -> (B, L, D)."""
         hidden = hidden + getattr(self.self_attn, f"o_proj{expert}")(attended)
         return hidden + getattr(self, f"mlp{expert}")(getattr(self, f"post_attention_layernorm{expert}")(hidden))
 
@@ -144,6 +149,18 @@ class Lance(nn.Module):
             run = partial(layer, rope=rope, attend=partial(attend, index))
             hidden = run(hidden) if around is None else around(index, run, hidden)
         return hidden
+
+    def compile_layers(self, **options: Any) -> None:
+        """Run what a layer does on both sides of attention through ``torch.compile``; ``options`` are its own.
+
+        Attention stays outside: its keys grow from call to call, and it is one fused operation already. All layers share
+        two functions, so that each is compiled once a shape and expert, not once a layer.
+        """
+        parts = ("before_attention", "after_attention")
+        compiled = {name: torch.compile(getattr(DecoderLayer, name), fullgraph=True, **options) for name in parts}
+        for layer in self.language_model.model.layers:
+            for name, function in compiled.items():
+                setattr(layer, name, partial(function, layer))
 
     def velocity(self, hidden: Tensor, grid: LatentShape) -> Tensor:
         """Generation expert's final states (B, tokens, D) -> velocity (B, C, T, H, W), from data to noise."""

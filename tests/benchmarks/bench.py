@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=tuple(DTYPES), default="float32")
     add("--device", default="cpu")
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
+    add("--compile", action="store_true", help="torch.compile the layers")
     add("--repeats", type=int, default=10, help="of which the median is taken (default: 10)")
     add("--seconds", type=float, default=5, help="end the repeats of all but the step after this time (default: 5)")
     add("--record", metavar="MACHINE", help="also append the results to results.jsonl, under this name of the machine")
@@ -308,6 +309,8 @@ def stages(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     config, pixels = config_of(options), PixelShape(options.frames, options.height, options.width)
     target = pixels.latent()
     engine = Engine(bench_loading(bench, config), bench.dtype, bench.device)
+    if options.compile:
+        engine.model.compile_layers()
     yield "loading"
     context = make_context(options, config, target)
     bench_prefill(bench, engine, context)

@@ -1,0 +1,63 @@
+"""Compiled layers: the same numbers, whole graphs, and none made anew between steps or for a size seen before."""
+
+from __future__ import annotations
+
+import goldens
+import pytest
+import tasks
+import torch
+from torch._dynamo.utils import counters
+
+from lance_runtime import LancePipeline
+
+
+@pytest.fixture
+def compiled():
+    """A pipeline whose layers dynamo traces; the traced graphs are run as they are, which takes no compiler."""
+    torch._dynamo.reset()
+    counters.clear()
+    pipe = LancePipeline.from_pretrained(goldens.CHECKPOINT, "image", device="cpu")
+    pipe.components.model.compile_layers(backend="eager")
+    yield pipe
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def test_numbers_are_the_same_and_graphs_are_whole(compiled, image_pipe):
+    for task in ("t2i", "image_edit", "x2t_image"):
+        found, expected = compiled(**tasks.arguments(task)), image_pipe(**tasks.arguments(task))
+        if expected.text is not None:
+            assert found.token_ids == expected.token_ids
+        else:
+            assert (found.latents - expected.latents).abs().max() < 1e-4
+    assert graphs() > 0
+
+
+def test_nothing_is_compiled_between_steps_nor_again(compiled):
+    arguments = tasks.arguments("t2i") | {"steps": 6}
+    seen = []
+    for _ in compiled.stream(**arguments):
+        seen.append(graphs())
+    assert seen == [seen[0]] * 6
+    compiled(**arguments | {"seed": 5})
+    assert graphs() == seen[0]
+    layers = compiled.components.model.config.num_hidden_layers
+    assert layers > 2
+    # Two sides of attention for each expert; and the prompt's length, the vision tokens', and the picture's.
+    assert seen[0] <= 2 * 2 * 2
+
+
+def test_layers_that_pass_through_the_device_are_not_compiled(tmp_path):
+    with pytest.raises(ValueError, match="cannot be compiled"):
+        LancePipeline.from_pretrained(tmp_path, offload="layer", compile=True)
+
+
+def test_without_it_nothing_is_compiled(image_pipe):
+    torch._dynamo.reset()
+    counters.clear()
+    image_pipe(**tasks.arguments("t2i"))
+    assert graphs() == 0
