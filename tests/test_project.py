@@ -60,10 +60,12 @@ def test_the_bench_counts_what_a_step_multiplies(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
     import bench
 
+    from lance_runtime.model.transformer import Lance
+
     sizes = ["--hidden", "256", "--layers", "3", "--height", "64", "--width", "96", "--prompt-tokens", "9"]
     options = bench.parse([*sizes, "--vocabulary", "64", "--repeats", "1"])
     config, target = bench.config_of(options), bench.PixelShape(1, 64, 96).latent()
-    model = bench.Lance(config).requires_grad_(False)
+    model = Lance(config).requires_grad_(False)
     engine = bench.Engine(model, bench.torch.float32, bench.torch.device("cpu"))
     sequence = bench.layout(bench.make_context(options, config, target), target)
     branches = [bench.branch(engine, sequence)] * 2
@@ -78,3 +80,15 @@ def test_the_bench_counts_what_a_step_multiplies(monkeypatch, capsys):
     attention = 2 * 3 * 4 * (latents + vision) * (latents + vision + prefix) * hidden
     assert found["linear_gflop"] == pytest.approx(linear / 1e9, rel=1e-3)
     assert found["attention_gflop"] == pytest.approx(attention / 1e9, rel=1e-3)
+
+
+def test_the_floor_is_what_the_runtime_multiplies(monkeypatch):
+    """ROOFLINE.md's counts are those of this code, and the largest follows from the sizes alone."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    import roofline
+
+    written = (ROOT / "tests" / "benchmarks" / "ROOFLINE.md").read_text("utf-8")
+    for section in roofline.counted():
+        assert "\n".join(section).strip() in written
+    a_layer = 2048 * (2048 + 2048 + 2 * 256) + 3 * 2048 * 11008
+    assert roofline.step(roofline.WORKS[0]).counted.linear == pytest.approx(2 * 2 * (2304 + 2) * 36 * a_layer, rel=1e-3)

@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=tuple(DTYPES), default="float32")
     add("--device", default="cpu")
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
+    add("--no-vae", action="store_true", help="leave the VAE out")
     add("--compile", action="store_true", help="torch.compile the layers")
     add("--repeats", type=int, default=10, help="of which the median is taken (default: 10)")
     add("--seconds", type=float, default=5, help="end the repeats of all but the step after this time (default: 5)")
@@ -102,7 +103,9 @@ class Bench:
         rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
         print(json.dumps({"bench": name, **rounded}), flush=True)
         if self.options.record:
-            known = {"machine": self.options.record, "date": time.strftime("%Y-%m-%d"), "dtype": self.options.dtype}
+            same = ("dtype", "hidden", "layers", "compile")
+            known = {"machine": self.options.record, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+            known |= {name: getattr(self.options, name) for name in same}
             with RESULTS.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"bench": name, **known, **rounded}) + "\n")
 
@@ -320,8 +323,9 @@ def stages(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     bench_decode(bench, engine, context)
     yield "network"
     del engine, branches
-    bench_vae(bench, pixels)
-    yield "vae"
+    if not options.no_vae:
+        bench_vae(bench, pixels)
+        yield "vae"
 
 
 @torch.no_grad()
