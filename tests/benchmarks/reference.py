@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
     add("--repeats", type=int, default=10, help="turns, of which the median is taken (default: 10)")
     add("--record", metavar="MACHINE", help="also append the result to results.jsonl, under this name of the machine")
-    parser.set_defaults(device="cpu", edit=False)
+    parser.set_defaults(device="cpu", edit=False, compile=False)
     options = parser.parse_args(argv)
     if options.hidden % 128:
         parser.error(f"--hidden {options.hidden} is not a multiple of 128, the width of a head")
