@@ -28,6 +28,7 @@ class LanceConfig:
     mrope_section: tuple[int, int, int] = (16, 24, 24)
     latent_channels: int = 48
     sizes: TrainedSizes = LANCE_3B
+    bfloat16_frequencies: bool = True  # see ``rope_table``
 
     def __post_init__(self) -> None:
         if 2 * sum(self.mrope_section) != self.head_dim:
@@ -54,6 +55,7 @@ class LanceConfig:
             rope_theta=values.get("rope_theta") or rope.get("rope_theta", 1e6),
             mrope_section=tuple(rope.get("mrope_section") or _default_sections(head_dim)),
             sizes=_trained_sizes(values.get("lance_trained_sizes") or {}),
+            bfloat16_frequencies=values.get("torch_dtype", "bfloat16") == "bfloat16",
         )
 
     @classmethod

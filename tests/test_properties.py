@@ -1,5 +1,6 @@
 """What holds for every context: lengths, ids, positions and guidance branches, over random lists of segments."""
 
+from dataclasses import replace
 from functools import cache
 
 import full_pass
@@ -248,10 +249,24 @@ def test_rotary_embedding_is_that_of_qwen(positions, seed):
         torch.testing.assert_close(table.rotate(mine), theirs, atol=1e-6, rtol=0)
 
 
-def test_rotary_angles_are_computed_in_float32_whatever_the_dtype():
+def test_in_bfloat16_the_frequencies_are_rounded_as_the_reference_has_them():
+    """Its model is cast as a whole, and the buffer of the frequencies with it; the angles stay in float32."""
+    positions = torch.tensor([[2001, 3], [1500, 40], [777, 9]])
+    found = rope_table(LanceConfig(), positions, torch.bfloat16)
+    buffer = qwens_rotary().inv_freq.to(torch.bfloat16)
+    axis = torch.arange(3).repeat_interleave(torch.tensor([16, 24, 24]))
+    angles = positions.float()[axis].T * buffer.float()
+    assert found.cos.dtype == torch.bfloat16
+    assert torch.equal(found.cos[0, 0], angles.cos().to(torch.bfloat16))
+    assert torch.equal(found.sin[0, 0], angles.sin().to(torch.bfloat16))
+    exact = rope_table(LanceConfig(), positions, torch.float32)
+    assert (found.cos - exact.cos).abs().max() > 0.5  # far apart it is another embedding
+
+
+def test_a_model_trained_in_float32_keeps_exact_frequencies():
     positions = torch.tensor([[2001], [1500], [777]])
-    exact, rounded = (rope_table(LanceConfig(), positions, dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert rounded.cos.dtype == torch.bfloat16
+    config = replace(LanceConfig(), bfloat16_frequencies=False)
+    exact, rounded = (rope_table(config, positions, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert torch.equal(rounded.cos, exact.cos.to(torch.bfloat16))
 
 

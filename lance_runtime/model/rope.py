@@ -35,10 +35,16 @@ def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Ro
 
     The sections of ``mrope_section`` give the first frequencies to time, the next to rows, the last to columns
     (Qwen2.5-VL, section 2; transformers' ``apply_multimodal_rotary_pos_emb``).
+
+    In bfloat16 the frequencies themselves are rounded, as the reference's are: its buffers take the type of its weights, in
+    training (train/fsdp_utils.py, ``buffer_dtype``) and when it draws (inference_lance.py). Where MaPE puts tokens a
+    thousand positions apart that turns fast frequencies by a radian or two, which the weights have learned.
     """
     positions = positions if positions.ndim == 3 else positions[None]
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponent  # to the bit as transformers: far positions magnify the last one
+    if dtype == torch.bfloat16 and config.bfloat16_frequencies:
+        frequencies = frequencies.to(dtype).float()
     sections = torch.tensor(config.mrope_section, device=positions.device)
     axes = torch.arange(3, device=positions.device)
     axis = axes.repeat_interleave(sections, output_size=config.head_dim // 2)  # told, since a device would have to wait

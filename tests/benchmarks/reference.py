@@ -137,8 +137,7 @@ def load_reference(folder: Path, config: LanceConfig, vision: VisionTokens, targ
     found = model.load_state_dict(own.state_dict(), strict=False, assign=True)
     if found.unexpected_keys or found.missing_keys != ["latent_pos_embed.pos_embed"]:
         raise SystemExit(f"The weights do not fit the reference: {found}.\nCheck out its commit {COMMIT}.")
-    model.latent_pos_embed.to(dtype)  # the model itself stays: its rotary frequencies belong in float32
-    return model.eval()
+    return model.to(dtype).eval()  # as inference_lance.py does: with the rotary frequencies
 
 
 def arguments(sequence: Layout, options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:

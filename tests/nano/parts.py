@@ -33,6 +33,7 @@ CONFIG = LanceConfig(
     vocab_size=VOCABULARY,
     mrope_section=(4, 6, 6),
     rope_theta=20.0,
+    bfloat16_frequencies=False,
     sizes=TrainedSizes("image_96res", "video_96p", (SIDE, SIDE), (SIDE, SIDE), FRAMES, FRAMES, FRAMES / 12),
 )
 VISION = VisionConfig(
@@ -128,7 +129,7 @@ def llm_config() -> dict[str, Any]:
         "rope_theta": CONFIG.rope_theta,
         "rope_scaling": {"type": "mrope", "mrope_section": list(CONFIG.mrope_section)},
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": "float32",  # that it was trained in
         "vocab_size": CONFIG.vocab_size,
     }
 
