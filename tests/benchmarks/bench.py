@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=tuple(DTYPES), default="float32")
     add("--device", default="cpu")
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
-    add("--no-vae", action="store_true", help="leave the VAE out")
+    add("--until", choices=("loading", "network", "vae"), default="vae", help="the last thing to measure (default: vae)")
     add("--compile", action="store_true", help="torch.compile the layers")
     add("--repeats", type=int, default=10, help="of which the median is taken (default: 10)")
     add("--seconds", type=float, default=5, help="end the repeats of all but the step after this time (default: 5)")
@@ -312,9 +312,11 @@ def stages(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     config, pixels = config_of(options), PixelShape(options.frames, options.height, options.width)
     target = pixels.latent()
     engine = Engine(bench_loading(bench, config), bench.dtype, bench.device)
+    yield "loading"
+    if options.until == "loading":
+        return
     if options.compile:
         engine.model.compile_layers()
-    yield "loading"
     context = make_context(options, config, target)
     bench_prefill(bench, engine, context)
     branches = [branch(engine, layout(context, target)), branch(engine, layout(context.without(Modality.PROMPT), target))]
@@ -323,7 +325,7 @@ def stages(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     bench_decode(bench, engine, context)
     yield "network"
     del engine, branches
-    if not options.no_vae:
+    if options.until == "vae":
         bench_vae(bench, pixels)
         yield "vae"
 

@@ -53,7 +53,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     start = time.perf_counter()
     pipe = LancePipeline.from_pretrained(NANO, "image")
-    rows = [drawn(pipe), edited(pipe), *([clip] for clip in clips(pipe)), answered(pipe)]
+    pictures, edits = drawn(pipe), edited(pipe)
+    rows = [pictures, edits, *([clip] for clip in clips(pipe)), answered(pipe, [*pictures[:2], edits[0], pictures[2]])]
     titles = ("Text to picture", "A picture changed", "Text to clip", "Text to clip", "Picture to clip", "Questions")
     sheet = contact_sheet(list(zip(titles, rows, strict=True)))
     sheet.save(DEMO / "sheet.png")
@@ -91,10 +92,11 @@ def clips(pipe: LancePipeline) -> list[Card]:
     return [*strips, Card([continued[i] for i in STRIP], f"the first picture is given; {moved}")]
 
 
-def answered(pipe: LancePipeline) -> list[Card]:
+def answered(pipe: LancePipeline, about: Sequence[Card]) -> list[Card]:
+    """A question about the first picture of each card."""
     cards = []
-    for question, prompt in zip(QUESTIONS, (PROMPTS[0], PROMPTS[1], EDITS[0][0], PROMPTS[2]), strict=True):
-        seen = pipe("t2i", prompt, seed=1).frames[0]
+    for question, card in zip(QUESTIONS, about, strict=True):
+        seen = card.pictures[0]
         answer = pipe("x2t_image", images=[seen], question=question, max_new_tokens=40).text
         cards.append(Card([seen], f"{question or '(no question)'}\n{answer}"))
     return cards
