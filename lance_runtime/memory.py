@@ -1,15 +1,18 @@
-"""Offloading outside ComfyUI: accelerate moves the weights, we say when (ComfyUI has its own machinery)."""
+"""Offloading outside ComfyUI, which has its own machinery."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .components import Components
 
 OFFLOAD_KINDS = ("none", "model", "layer")
+# Weights that are copied before they are needed. One decoder layer's MLP of one expert has 135 MB in bfloat16.
+AHEAD_BYTES = 256 * 2**20
 
 
 def check_offload(kind: str, compiled: bool = False) -> None:
@@ -23,18 +26,89 @@ def check_offload(kind: str, compiled: bool = False) -> None:
 
 
 def add_offloading(components: Components, kind: str) -> None:
-    """ "model": one of ViT, network and VAE at a time on the device. "layer": weights pass through it layer by layer."""
+    """ "model": one of ViT, network and VAE at a time on the device. "layer": weights pass through it one after the other."""
     check_offload(kind)
     if kind == "none":
         return
-    from accelerate import cpu_offload
+    if kind == "layer":
+        for module in components.modules:
+            Passing(module, components.device)
+        return
     from accelerate.hooks import add_hook_to_module
 
     for module in components.modules:
-        if kind == "layer":
-            cpu_offload(module, execution_device=components.device)
-        else:
-            add_hook_to_module(module, _alone_hook(components))
+        add_hook_to_module(module, _alone_hook(components))
+
+
+class Copied(NamedTuple):
+    """A link's weights on the device, and the event after which they are complete (None: they are)."""
+
+    weights: list[Tensor]
+    event: Any
+
+
+class Passing:
+    """Weights stay on the CPU and pass through the device, link by link: a link is a module that has weights of its own.
+
+    While one link computes, those that followed it last time are copied, on a stream of their own where the device has
+    streams. (accelerate copies when a weight is needed, and computes when it is there.)
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, ahead: int = AHEAD_BYTES) -> None:
+        self.device, self.ahead, self.stream = device, ahead, _side_stream(device)
+        self.homes = {link: dict(link.named_parameters(recurse=False)) for link in module.modules()}
+        self.homes = {link: weights for link, weights in self.homes.items() if weights}
+        self.follower: dict[nn.Module, nn.Module] = {}
+        self.coming: dict[nn.Module, Copied] = {}
+        self.last: nn.Module | None = None
+        for link in self.homes:
+            link.register_forward_pre_hook(self._arrive)
+            link.register_forward_hook(self._leave, always_call=True)
+
+    def _arrive(self, link: nn.Module, _: Any) -> None:
+        if self.last is not None:
+            self.follower[self.last] = link
+        self.last = link
+        copied = self.coming.pop(link, None) or self._copied(link)
+        if copied.event is not None:
+            current = torch.accelerator.current_stream(self.device)
+            current.wait_event(copied.event)
+            for weight in copied.weights:
+                weight.record_stream(current)  # else its memory could be given away while it is still read
+        self._place(link, copied.weights)
+
+    def _leave(self, link: nn.Module, *_: Any) -> None:
+        self._place(link, list(self.homes[link].values()))
+        wanted = dict.fromkeys(self._following(link))
+        self.coming = {other: self.coming[other] if other in self.coming else self._copied(other) for other in wanted}
+
+    def _following(self, link: nn.Module) -> Iterator[nn.Module]:
+        """The links after this one, as far ahead as may be copied; always one."""
+        size, begun = 0, link
+        while (following := self.follower.get(link)) is not None and following is not begun:
+            size += sum(weight.nbytes for weight in self.homes[following].values())
+            if size > self.ahead and link is not begun:
+                return
+            yield following
+            link = following
+
+    def _copied(self, link: nn.Module) -> Copied:
+        weights = self.homes[link].values()
+        if self.stream is None:
+            return Copied([weight.to(self.device) for weight in weights], None)
+        with self.stream:
+            return Copied([weight.to(self.device, non_blocking=True) for weight in weights], self.stream.record_event())
+
+    def _place(self, link: nn.Module, weights: Sequence[Tensor]) -> None:
+        for name, weight in zip(self.homes[link], weights, strict=True):
+            setattr(link, name, nn.Parameter(weight, requires_grad=False))
+
+
+def _side_stream(device: torch.device) -> Any:
+    """A stream for copies; None where the device (or this torch) has none, and copies simply come first."""
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    ours = accelerator is not None and accelerator.type == device.type and device.type != "mps"
+    return torch.Stream(device=device) if ours and hasattr(torch.Stream, "__enter__") else None
 
 
 def _alone_hook(components: Components) -> Any:

@@ -20,7 +20,7 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize(("variant", "offload"), [("image", "none"), ("video", "none"), ("image", "model")])
+@pytest.mark.parametrize(("variant", "offload"), [("image", "none"), ("video", "none"), ("image", "model"), ("video", "layer")])
 def test_every_task_runs_on_a_device_of_another_kind(variant, offload):
     command = [sys.executable, str(HERE / "fake_device.py"), variant, offload]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)

@@ -4,11 +4,10 @@ import goldens
 import pytest
 import tasks
 import torch
-from accelerate import hooks
 from torch import nn
 
 from lance_runtime import LancePipeline
-from lance_runtime.memory import default_device, default_dtype
+from lance_runtime.memory import Passing, default_device, default_dtype
 
 KINDS = ("model", "layer")
 
@@ -57,28 +56,65 @@ def test_without_offloading_there_are_no_hooks(image_pipe):
     assert not any(hooked(module) for module in image_pipe.components.modules)
 
 
-def test_by_layer_no_weight_stays_on_the_device():
-    parts = load("image", "layer").components
-    for module in parts.modules:
-        assert all(parameter.is_meta for parameter in module.parameters())
-    linear = parts.model.language_model.model.layers[0].mlp.up_proj
-    assert isinstance(linear._hf_hook, hooks.AlignDevicesHook)
+def linears(count):
+    """A chain of ``count`` layers of 64 bytes, whose weights pass through a device that is the CPU under another name."""
+    chain = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(count))).requires_grad_(False)
+    return chain, [layer.weight.clone() for layer in chain]
 
 
-def test_by_layer_a_weight_is_there_just_while_its_layer_runs():
-    pipe, seen = load("image", "layer"), []
-    layers = pipe.components.model.language_model.model.layers
-    first, second = layers[0].mlp.up_proj, layers[1].mlp.up_proj
-    inner = first._old_forward
+def test_weights_are_on_the_device_just_while_their_layer_runs():
+    chain, weights = linears(3)
+    homes = [layer.weight.data_ptr() for layer in chain]
+    Passing(chain, torch.device("meta"))
+    seen = []
+    for layer in chain:
+        layer.register_forward_pre_hook(lambda *_: seen.append([other.weight.device.type for other in chain]))
+    chain(torch.ones(1, 4, device="meta"))
+    assert seen == [["meta", "cpu", "cpu"], ["cpu", "meta", "cpu"], ["cpu", "cpu", "meta"]]
+    assert [layer.weight.data_ptr() for layer in chain] == homes
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(chain, weights, strict=True))
 
-    def spy(x):
-        seen.append((first.weight.device.type, second.weight.device.type))
-        return inner(x)
 
-    first._old_forward = spy
-    pipe(**tasks.arguments("t2i") | {"steps": 1})
-    assert set(seen) == {("cpu", "meta")}
-    assert first.weight.is_meta
+@pytest.mark.parametrize(("ahead", "expected"), [(0, 1), (2 * 64, 2), (1000, 3)])
+def test_what_followed_last_time_is_copied_ahead(ahead, expected, monkeypatch):
+    chain, _ = linears(4)
+    passing, copies, arrived = Passing(chain, torch.device("cpu"), ahead), [], []
+    real = passing._copied
+    monkeypatch.setattr(passing, "_copied", lambda link: copies.append(link) or real(link))
+    for layer in chain:
+        layer.register_forward_pre_hook(lambda layer, _: arrived.append((layer in copies, len(copies))))
+    chain(torch.ones(1, 4))
+    assert copies == list(chain)  # nothing was known: each is copied when it is needed
+    assert not passing.coming
+    for _ in range(2):  # the second learns that the first follows the last
+        chain(torch.ones(1, 4))
+    del copies[:]
+    assert len(passing.coming) == expected
+    chain(torch.ones(1, 4))
+    assert len(copies) == 4  # each once, none of them late
+    assert copies[0] is chain[expected % 4]
+
+
+def test_another_order_is_learned_and_an_error_leaves_nothing_on_the_device():
+    chain, _ = linears(3)
+    first, second, third = chain
+    passing, x = Passing(chain, torch.device("meta")), torch.ones(1, 4, device="meta")
+    chain(x)
+    third(second(first(x)))
+    second(first(x))
+    third(first(x))
+    assert passing.follower == {first: third, second: first, third: first}
+    with pytest.raises(RuntimeError):
+        second(torch.ones(1, 5, device="meta"))
+    assert all(layer.weight.device.type == "cpu" for layer in chain)
+
+
+def test_by_layer_the_whole_pipeline_computes_on_the_device_from_weights_beside_it():
+    pipe = load("image", "layer")
+    pipe(**tasks.arguments("image_edit") | {"steps": 1})
+    for module in pipe.components.modules:
+        assert all(parameter.device.type == "cpu" for parameter in module.parameters())
+        assert not hooked(module)
 
 
 @pytest.fixture
