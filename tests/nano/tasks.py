@@ -88,7 +88,8 @@ def _i2v(rng: random.Random, held_out: bool, count: int | None, kind: str) -> Ex
 
 
 def _image_edit(rng: random.Random, held_out: bool, count: int | None, kind: str) -> Example | None:
-    source = draw_scene(rng, count or rng.choice((1, 2)), rng.random() < 0.5 if held_out else False)
+    counts = (1, 2) if held_out else (1, 2, 2)  # training dwells on what is hard: which of two things is meant
+    source = draw_scene(rng, count or rng.choice(counts), rng.random() < 0.5 if held_out else False)
     done = edit(source, kind, rng)
     return None if done is None else Example("image_edit", done[0], done[1], (source,), kind)
 
@@ -144,9 +145,9 @@ def _x2t_video(rng: random.Random, held_out: bool, count: int | None, kind: str)
     return Example("x2t_video", text, answer, (clip,), kind)
 
 
-# Of edits and of questions, equally often but for the edit that is gated.
+# Of edits and of questions, equally often but for the edit that has a gate.
 KINDS = {
-    "image_edit": (*EDITS, "colour"),
+    "image_edit": (*EDITS, "colour", "colour", "colour"),
     "x2t_image": (*QUESTIONS, "caption"),
     "x2t_video": ("motion", "motion", "caption"),
 }

@@ -45,7 +45,7 @@ from nano.world import draw_clip, draw_scene, render, render_clip  # noqa: E402
 # How often a task is drawn, and how many examples of it at once: about 0.4 s of one core each, so that two processes
 # that draw tasks of their own wait little for each other.
 SHARES = {
-    "t2i": 0.3, "image_edit": 0.37, "x2t_image": 0.1, "t2v": 0.04, "i2v": 0.02, "subject_image": 0.06,
+    "t2i": 0.26, "image_edit": 0.47, "x2t_image": 0.06, "t2v": 0.03, "i2v": 0.02, "subject_image": 0.05,
     "video_edit": 0.02, "subject_video": 0.02, "x2t_video": 0.07,
 }  # fmt: skip
 BATCH = {
