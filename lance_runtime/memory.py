@@ -20,8 +20,8 @@ def check_offload(kind: str, compiled: bool = False) -> None:
         raise ValueError(f"offload {kind!r} is none of {', '.join(OFFLOAD_KINDS)}.\nUse one of them.")
     if compiled and kind == "layer":
         raise ValueError(
-            "offload 'layer' and compiled are 2 ways to run a layer, which cannot be compiled while its weights come and go.\n"
-            "Use offload 'model' or 'none', or leave compiled (--compile) out."
+            "offload 'layer' and compile are 2 ways to run a layer, which cannot be compiled while its weights come and go.\n"
+            "Use offload 'model' or 'none', or leave compile out."
         )
 
 

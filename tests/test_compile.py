@@ -53,7 +53,7 @@ def test_nothing_is_compiled_between_steps_nor_again(compiled):
 
 def test_layers_that_pass_through_the_device_are_not_compiled(tmp_path):
     with pytest.raises(ValueError, match="cannot be compiled"):
-        LancePipeline.from_pretrained(tmp_path, offload="layer", compiled=True)
+        LancePipeline.from_pretrained(tmp_path, offload="layer", compile=True)
 
 
 def test_without_it_nothing_is_compiled(image_pipe):

@@ -25,7 +25,7 @@ NEEDED = {"__init__.py", "pyproject.toml", "LICENSE", "NOTICE", "README.md", "CH
 NETWORK = {"huggingface_hub", "requests", "httpx", "httpx2", "aiohttp", "urllib", "urllib3", "http", "socket", "ftplib"}
 PROCESSES = {"subprocess", "multiprocessing", "pty", "ctypes", "signal"}
 LOADERS = {"importlib", "pickle", "marshal", "runpy", "pip", "imp", "zipimport"}
-CALLS = {"eval", "exec", "compile", "__import__"}
+BUILTINS = {"eval", "exec", "__import__"}  # however they are used; compile, a field's word, only where it is called
 SYSTEM = {"system", "popen", "getenv", "environ", "environb", "putenv", "startfile", "fork"}  # of the module os
 
 
@@ -101,10 +101,12 @@ def objections(node):
         yield from [node.module] if outside(node.module) else []
         yield from (alias.name for alias in node.names if node.module == "os" and alias.name in SYSTEM)
     elif isinstance(node, ast.Name):
-        yield from {node.id} & CALLS
+        yield from {node.id} & BUILTINS
     elif isinstance(node, ast.Attribute):
         # The scanner has taken model.eval() for the built-in.
         yield from {node.attr} & ({"eval", "exec"} | (SYSTEM if getattr(node.value, "id", "") == "os" else set()))
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "compile":
+        yield "compile"
     elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
         safe = any(keyword.arg == "weights_only" and keyword.value.value is True for keyword in node.keywords)
         yield from () if safe else ["torch.load without weights_only"]
@@ -125,6 +127,8 @@ def outside(module):
         "import os\nos.system('ls')",
         "from os import getenv\ngetenv('A')",
         "eval('1')",
+        "run = eval",
+        "compile('1', 'file', 'exec')",
         "model.eval()",
         "torch.load(path)",
     ],
@@ -134,7 +138,13 @@ def test_the_search_finds(source):
 
 
 @pytest.mark.parametrize(
-    "source", ["from .download import Hub", "import re\nre.compile('a')", "torch.load(path, weights_only=True)"]
+    "source",
+    [
+        "from .download import Hub",
+        "import re\nre.compile('a')",
+        "def f(compile=False):\n    return compile",
+        "torch.load(path, weights_only=True)",
+    ],
 )
 def test_the_search_lets_pass(source):
     assert not list(forbidden(source))
