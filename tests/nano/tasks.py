@@ -147,7 +147,7 @@ def _x2t_video(rng: random.Random, held_out: bool, count: int | None, kind: str)
 
 # Of edits and of questions, equally often but for the edit that has a gate.
 KINDS = {
-    "image_edit": (*EDITS, "colour", "colour", "colour"),
+    "image_edit": (*EDITS, "colour"),
     "x2t_image": (*QUESTIONS, "caption"),
     "x2t_video": ("motion", "motion", "caption"),
 }
