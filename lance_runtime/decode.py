@@ -42,7 +42,7 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p} is not within (0, 1].\nUse 1 to keep every token.")
 
     def choose(self, logits: Tensor, written: Sequence[int], generator: torch.Generator) -> int:
-        """logits (V) on the CPU in float32 -> a token id."""
+        """logits (V) in float32 -> a token id, drawn on the CPU, so that a seed gives the same on every device."""
         logits = self._penalised(logits, written)
         if self.temperature == 0:
             return int(logits.argmax())
@@ -52,12 +52,12 @@ class Sampling:
         probabilities[probabilities < self.min_p * probabilities[0]] = 0
         if self.top_k > 0:
             probabilities[self.top_k :] = 0
-        return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+        return int(order[int(torch.multinomial(probabilities.cpu(), 1, generator=generator))])
 
     def _penalised(self, logits: Tensor, written: Sequence[int]) -> Tensor:
         if not written or (self.repetition == 1 and self.presence == 0):
             return logits
-        ids, logits = torch.tensor(sorted(set(written))), logits.clone()
+        ids, logits = torch.tensor(sorted(set(written)), device=logits.device), logits.clone()
         known = logits[ids]
         logits[ids] = torch.where(known > 0, known / self.repetition, known * self.repetition) - self.presence
         return logits
@@ -112,14 +112,14 @@ def decode(
     cache.reserve(max_new_tokens)
     written: list[int] = []
     for step in range(max_new_tokens):
-        logits = engine.model.logits(last)[0, -1, :vocabulary].float().cpu()
+        logits = engine.model.logits(last)[0, -1, :vocabulary].float()
         token = sampling.choose(logits, written, generator)
         if token == stop:
             return
         written.append(token)
-        yield token
-        if step + 1 < max_new_tokens:
+        if step + 1 < max_new_tokens:  # before the caller has it: a device works on while the text is shown
             last = next_states(engine, cache, token, position + step)
+        yield token
 
 
 def next_states(engine: Engine, cache: KVCache, token: int, position: int) -> Tensor:

@@ -152,10 +152,10 @@ def denoise(
         moving[given.frames] = 0
     free = None if given is None else moving.nonzero().flatten()
     for index, (sigma, following) in enumerate(pairwise(sigmas)):
-        timesteps = (sigma.to(moving) * moving).expand(noise.shape[0], -1)
+        timesteps = (float(sigma) * moving).expand(noise.shape[0], -1)
         velocities = _velocities(engine, latents, timesteps, branches.at(sigma, guidance))
         velocity = guidance.combine(velocities, free)
-        latents = latents - velocity * (moving.view(1, 1, -1, 1, 1) * (sigma - following).to(moving))
+        latents = latents - velocity * (moving.view(1, 1, -1, 1, 1) * float(sigma - following))
         yield Step(index, float(following), latents)
 
 

@@ -34,7 +34,8 @@ class KVCache:
         """Make room for this many further tokens."""
         needed = self.length + tokens
         if needed > self.capacity:
-            self.layers = [self._resized(layer, needed) for layer in self.layers]
+            for index, layer in enumerate(self.layers):  # one by one, so that not all are there twice
+                self.layers[index] = self._resized(layer, needed)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's keys and values (B, Hkv, L, d) behind the committed ones; return all up to here."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from .components import Components
 OFFLOAD_KINDS = ("none", "model", "layer")
 # Weights that are copied before they are needed. One decoder layer's MLP of one expert has 135 MB in bfloat16.
 AHEAD_BYTES = 256 * 2**20
+LINKS_BEHIND = 2  # links whose computing may be unfinished when further weights are copied
 
 
 def check_offload(kind: str, compiled: bool = False) -> None:
@@ -36,8 +38,22 @@ def add_offloading(components: Components, kind: str) -> None:
         return
     from accelerate.hooks import add_hook_to_module
 
+    hook = _alone_hook(components)
     for module in components.modules:
-        add_hook_to_module(module, _alone_hook(components))
+        add_hook_to_module(module, hook)
+
+
+Homes = dict[nn.Module, dict[str, Tensor]]  # the weights of every link (a module that has some of its own) on the CPU
+
+
+def _homes(module: nn.Module) -> Homes:
+    found = {link: dict(link.named_parameters(recurse=False)) for link in module.modules()}
+    return {link: {name: own.detach() for name, own in weights.items()} for link, weights in found.items() if weights}
+
+
+def _place(link: nn.Module, names: Iterable[str], weights: Iterable[Tensor]) -> None:
+    for name, weight in zip(names, weights, strict=True):
+        setattr(link, name, nn.Parameter(weight, requires_grad=False))
 
 
 class Copied(NamedTuple):
@@ -48,19 +64,24 @@ class Copied(NamedTuple):
 
 
 class Passing:
-    """Weights stay on the CPU and pass through the device, link by link: a link is a module that has weights of its own.
+    """Weights stay on the CPU and pass through the device, link by link.
 
     While one link computes, those that followed it last time are copied, on a stream of their own where the device has
-    streams. (accelerate copies when a weight is needed, and computes when it is there.)
+    streams. (accelerate copies when a weight is needed, and computes when it is there.) Tables of embeddings do not pass:
+    a row is looked up where it lies.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, ahead: int = AHEAD_BYTES) -> None:
         self.device, self.ahead, self.stream = device, ahead, _side_stream(device)
-        self.homes = {link: dict(link.named_parameters(recurse=False)) for link in module.modules()}
-        self.homes = {link: weights for link, weights in self.homes.items() if weights}
+        tables = [link for link in module.modules() if isinstance(link, nn.Embedding)]
+        self.homes = {link: weights for link, weights in _homes(module).items() if link not in tables}
         self.follower: dict[nn.Module, nn.Module] = {}
         self.coming: dict[nn.Module, Copied] = {}
         self.last: nn.Module | None = None
+        self.computing: deque[Any] = deque()  # events behind the last links
+        for table in tables:
+            table.register_forward_pre_hook(lambda _, inputs: tuple(ids.cpu() for ids in inputs))
+            table.register_forward_hook(lambda _, __, rows: rows.to(device))
         for link in self.homes:
             link.register_forward_pre_hook(self._arrive)
             link.register_forward_hook(self._leave, always_call=True)
@@ -75,10 +96,11 @@ class Passing:
             current.wait_event(copied.event)
             for weight in copied.weights:
                 weight.record_stream(current)  # else its memory could be given away while it is still read
-        self._place(link, copied.weights)
+        _place(link, self.homes[link], copied.weights)
 
     def _leave(self, link: nn.Module, *_: Any) -> None:
-        self._place(link, list(self.homes[link].values()))
+        _place(link, self.homes[link], self.homes[link].values())
+        self._wait()
         wanted = dict.fromkeys(self._following(link))
         self.coming = {other: self.coming[other] if other in self.coming else self._copied(other) for other in wanted}
 
@@ -99,9 +121,12 @@ class Passing:
         with self.stream:
             return Copied([weight.to(self.device, non_blocking=True) for weight in weights], self.stream.record_event())
 
-    def _place(self, link: nn.Module, weights: Sequence[Tensor]) -> None:
-        for name, weight in zip(self.homes[link], weights, strict=True):
-            setattr(link, name, nn.Parameter(weight, requires_grad=False))
+    def _wait(self) -> None:
+        """Until the device has computed all but the last links: a host that runs ahead would fill it with weights."""
+        if self.stream is not None:
+            self.computing.append(torch.accelerator.current_stream(self.device).record_event())
+            while len(self.computing) > LINKS_BEHIND:
+                self.computing.popleft().synchronize()
 
 
 def _side_stream(device: torch.device) -> Any:
@@ -111,18 +136,27 @@ def _side_stream(device: torch.device) -> Any:
     return torch.Stream(device=device) if ours and hasattr(torch.Stream, "__enter__") else None
 
 
+def send_home(homes: Homes) -> None:
+    """A module's weights are those on the CPU again."""
+    for link, weights in homes.items():
+        _place(link, weights, weights.values())
+
+
 def _alone_hook(components: Components) -> Any:
     """accelerate's hook of a part that, before it runs, sends all others away.
 
-    accelerate's own chain sends away the one part before, but ours run in no fixed order: ViT, VAE, network, VAE.
+    accelerate's own chain sends away the one part before, but ours run in no fixed order: ViT, VAE, network, VAE. And it
+    copies the weights back, which did not change: here the device's copy is let go.
     """
     from accelerate.hooks import CpuOffload
+
+    homes = {module: _homes(module) for module in components.modules}
 
     class Alone(CpuOffload):
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
             for other in components.modules:
                 if other is not module:
-                    other.to("cpu")
+                    send_home(homes[other])
             module.to(self.execution_device)
             return args, kwargs
 
@@ -156,5 +190,9 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on an accelerator; float32 on a CPU, where it is the faster and repeats the reference's numbers."""
+    """bfloat16 on an accelerator that computes in it; float32 elsewhere, so on a CPU, where it repeats the reference."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
     return torch.float32 if device.type == "cpu" else torch.bfloat16

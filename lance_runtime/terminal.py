@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # Qwen2.5's activations are beyond float16
 
 
 class Parser(argparse.ArgumentParser):

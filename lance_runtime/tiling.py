@@ -51,6 +51,7 @@ def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: 
     for top, bottom in rows:
         for left, right in columns:
             made = function(x[..., top * unit : bottom * unit, left * unit : right * unit])
+            made = made.float()  # bfloat16 has no room for sums
             weight = _fade(top, bottom, height, overlap, out_unit)[:, None] * _fade(left, right, width, overlap, out_unit)
             if result is None:
                 result = made.new_zeros(*made.shape[:-2], *total.shape)

@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..lance_runtime.context import Context, Segment, asking, layout, open_context
@@ -24,6 +25,7 @@ from .vit import VisionTower
 
 TOKENS = "lance"
 GENERATE_TEXT_FPS = 24.0
+WIDE_ROWS = 3  # rows of an MLP's width that exist at once for each token
 
 
 class LanceClipTokenizer:
@@ -74,6 +76,7 @@ class LanceTextModel(torch.nn.Module):
         object.__setattr__(self, "owner", owner)
         self.tower = tower
         self.dtypes = {torch.float32}
+        self.device = comfy.model_management.get_torch_device()
 
     @property
     def tokenizer(self) -> LanceTokenizer:
@@ -84,13 +87,23 @@ class LanceTextModel(torch.nn.Module):
         return self.owner.sizes
 
     def reset_clip_options(self) -> None:
-        """There are none."""
+        self.device = comfy.model_management.get_torch_device()
 
     def set_clip_options(self, options: dict) -> None:
-        """Layers and devices of other text encoders have no meaning here."""
+        """Layers of other text encoders have no meaning here."""
+        self.device = options.get("execution_device", self.device)
 
     def memory_estimation_function(self, tokens: dict, device: torch.device | None = None) -> int:
-        return 0
+        """Bytes that reading a question takes beside the weights: keys and values, and an MLP's wide rows.
+
+        tokens: what the tokenizer made of a question, or a ready ``"context"``. A prompt is not read here: 0.
+        """
+        context = tokens.get("context") or (self._question(tokens) if tokens.get("visuals") else None)
+        config, dtype = self.owner.diffusion_model.config, self.owner.get_dtype_inference()
+        kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        if context is None:
+            return 0
+        return sum(layout(context).split_lens) * (kept + WIDE_ROWS * config.intermediate_size) * dtype.itemsize
 
     def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None, dict]:
         recipe = Recipe(tokens["text"], tuple(int(token[0]) for token in tokens[TOKENS][0]))
@@ -118,13 +131,18 @@ class LanceTextModel(torch.nn.Module):
         return list(self.answer(self._question(tokens), max_length, sampling))
 
     @torch.no_grad()
-    def answer(self, context: Context, max_length: int, sampling: Sampling) -> Iterator[int]:
-        """Ids of an answer, with ComfyUI's progress and interruption; the weights must be loaded (``CLIP.load_model``)."""
-        device = comfy.model_management.get_torch_device()
-        engine = Engine(self.owner.diffusion_model, self.owner.get_dtype_inference(), device, comfy_attention({}))
+    def answer(
+        self, context: Context, max_length: int, sampling: Sampling, patcher: ModelPatcher | None = None
+    ) -> Iterator[int]:
+        """Ids of an answer, with ComfyUI's progress and interruption; the weights must be loaded (``CLIP.load_model``).
+
+        patcher: the one that is loaded, where another device has been chosen for this CLIP: it may hold a copy.
+        """
+        model, device = (self.owner, self.device) if patcher is None else (patcher.model, patcher.load_device)
+        engine = Engine(model.diffusion_model, model.get_dtype_inference(), device, comfy_attention({}))
         sequence = layout(context)
         reader = with_prefill_progress(engine, sequence)
-        read = reading(self.owner.prefixes_read, self.owner.weights_in_place())
+        read = reading(model.prefixes_read, model.weights_in_place())
         ids = answer(engine, sequence, self.tokenizer, max_length, sampling, reader, read)
         bar = comfy.utils.ProgressBar(max_length)
         for token in ids:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -20,10 +21,11 @@ from .schema import CATEGORY, LanceContext, io
 def speak(clip: Any, context: Context, length: int, sampling: Sampling, node: str | None) -> str:
     """An answer, written into the node as it comes."""
     lance = lance_of(clip)
-    clip.load_model()
+    patcher = clip.load_model({"context": context})
     text = ""
-    for text in _texts(lance, lance.answer(context, length, sampling)):
-        say(node, text)
+    with comfy.model_management.cuda_device_context(patcher.load_device):
+        for text in _texts(lance, lance.answer(context, length, sampling, patcher)):
+            say(node, text)
     return text
 
 

@@ -25,6 +25,26 @@ AUTO = "auto"
 FOLDER = "text_encoders"
 
 
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """A model that is on its device as a whole or not at all, however little memory there is.
+
+    ComfyUI leaves parts behind only where its own layers fetch them as they run; the tower's layers are transformers'.
+    """
+
+    def load(
+        self,
+        device_to: torch.device | None = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
+        super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+
+    def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
+        """Nothing is freed, whereupon ComfyUI unloads all."""
+        return 0
+
+
 class _Tower(nn.Module):
     """Holds transformers' module: ComfyUI wants to write ``device``, which transformers makes read-only."""
 
@@ -41,7 +61,7 @@ class VisionTower:
 
     def __init__(self, model_path: str, name: str, dtype: torch.dtype) -> None:
         self.model_path, self.name, self.dtype = model_path, name, dtype
-        self._patcher: comfy.model_patcher.ModelPatcher | None = None
+        self._patcher: WholePatcher | None = None
         self.seen = SeenPictures()
 
     def encode(self, frames: np.ndarray, preset: str) -> Segment:
@@ -59,7 +79,7 @@ class VisionTower:
         merge = self.config.spatial_merge_size
         return Segment.vit(found, LatentShape(t, h // merge, w // merge))
 
-    def _loaded(self) -> comfy.model_patcher.ModelPatcher:
+    def _loaded(self) -> WholePatcher:
         if self._patcher is None:
             file = self._file()
             self.config = read_vision_config(*self._config_source(file))
@@ -68,7 +88,7 @@ class VisionTower:
             assign(vision, vit_tensors(file), self.dtype, device)
             restore_buffers(vision, device)
             load_device = comfy.model_management.text_encoder_device()
-            self._patcher = comfy.model_patcher.ModelPatcher(_Tower(vision), load_device, device)
+            self._patcher = WholePatcher(_Tower(vision), load_device, device)
         return self._patcher
 
     def _config_source(self, file: TensorFile) -> tuple[TensorFile | None, Path]:

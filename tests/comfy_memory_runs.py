@@ -207,6 +207,9 @@ def low_memory(nodes: Any) -> dict:
     report["without"] = float((graph.draw() - drawn).abs().max())
     report["the LoRA acts"] = float((changed - drawn).abs().max())
     report["answer"] = graph.ask() == answer
+    ask(nodes, graph, "what", picture=graph.picture.flip(2))
+    tower = graph.clip.cond_stage_model.tower._loaded()
+    report["tower"] = [tower.loaded_size(), tower.partially_unload(tower.offload_device, 1), tower.model_size()]
     report["kept"] = kept()
     return report
 
@@ -277,6 +280,9 @@ def questions(nodes: Any) -> dict:
         ask(nodes, fresh, "what") == first,
     ]
     report["its LoRA's"] = ask(nodes, fresh, "what", with_lora(fresh)) == changed
+    elsewhere = graph.clip.clone()
+    elsewhere.patcher = with_lora(fresh).patcher  # as after Select CLIP Device
+    report["a copy's"] = ask(nodes, graph, "what", elsewhere) == changed
     return report
 
 

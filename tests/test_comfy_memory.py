@@ -49,6 +49,7 @@ def test_low_memory_draws_the_same():
     assert max(found["without"], found["with a LoRA"]) < 1e-4
     assert found["the LoRA acts"] > 1e-3
     assert found["answer"]
+    assert found["tower"] == [found["tower"][2], 0, found["tower"][2]]  # whole, whatever there is
     assert found["kept"] == 0
 
 
@@ -77,6 +78,7 @@ def test_further_questions_read_their_words_alone():
     assert found["loaded again"] == [True, 0, picture]
     assert found["answers of a fresh model"] == [True, True]
     assert found["its LoRA's"]
+    assert found["a copy's"]
     assert found["caches"] == 0
 
 

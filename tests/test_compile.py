@@ -8,7 +8,7 @@ import tasks
 import torch
 from torch._dynamo.utils import counters
 
-from lance_runtime import LancePipeline
+from lance_runtime import Guidance, LancePipeline
 
 
 @pytest.fixture
@@ -49,6 +49,19 @@ def test_nothing_is_compiled_between_steps_nor_again(compiled):
     assert layers > 2
     # Two sides of attention for each expert; and the prompt's length, the vision tokens', and the picture's.
     assert seen[0] <= 2 * 2 * 2
+
+
+def test_one_pipeline_serves_every_kind_of_call(compiled):
+    """Guided and unguided steps, questions, a second guidance, a batch: each is a further kind for the same function."""
+    for task, more in (
+        ("t2i", {"steps": 3}),
+        ("x2t_image", {"max_new_tokens": 3}),
+        ("image_edit", {"guidance": Guidance(scale=4.0, visual_scale=2.0), "steps": 2}),
+        ("t2i", {"batch": 2, "steps": 2, "guidance": Guidance(scale=4.0, interval=(0.0, 1.0))}),
+        ("t2i", {"batch": 3, "steps": 2, "guidance": Guidance(scale=1.0)}),
+    ):
+        compiled(**tasks.arguments(task) | more)
+    assert graphs() <= 40  # of 64
 
 
 def test_layers_that_pass_through_the_device_are_not_compiled(tmp_path):

@@ -6,7 +6,7 @@ import tasks
 import torch
 from torch import nn
 
-from lance_runtime import LancePipeline
+from lance_runtime import LancePipeline, memory
 from lance_runtime.memory import Passing, default_device, default_dtype
 
 KINDS = ("model", "layer")
@@ -120,16 +120,20 @@ def test_by_layer_the_whole_pipeline_computes_on_the_device_from_weights_beside_
 @pytest.fixture
 def watched(monkeypatch):
     """A pipeline with offload="model", and the parts on the device; cpu:0 is the device and cpu the place beside it."""
-    real, on, ran = nn.Module.to, set(), []
+    real, home, on, ran = nn.Module.to, memory.send_home, set(), []
 
     def to(module, *args, **options):
-        name = names.get(module)
-        if name is not None:
-            (on.add if str(args[0]) == "cpu:0" else on.discard)(name)
+        if module in names and str(args[0]) == "cpu:0":
+            on.add(names[module])
         return real(module, *args, **options)
+
+    def send_home(homes):
+        on.discard(next(name for module, name in names.items() if set(homes) <= set(module.modules())))
+        home(homes)
 
     names = {}
     monkeypatch.setattr(nn.Module, "to", to)
+    monkeypatch.setattr(memory, "send_home", send_home)
     pipe = LancePipeline.from_pretrained(goldens.CHECKPOINT, device="cpu:0", dtype=torch.float32, offload="model")
     parts = pipe.components
     names.update({parts.vision: "vision", parts.model: "model", parts.vae.module: "vae"})
@@ -156,6 +160,22 @@ def test_by_model_a_preview_between_two_steps_harms_nothing(watched):
     for step in pipe.stream(**tasks.arguments("t2i")):
         pipe.components.vae.decode(step.latents)
     assert all(on == [name] for name, on in ran)
+
+
+def test_by_model_weights_that_leave_the_device_are_not_copied_back():
+    pipe = load("image", "model")
+    weight = pipe.components.model.language_model.lm_head.weight
+    before = weight.data_ptr()
+    weight.data = weight.data.clone()  # as on a device: elsewhere, and not changed
+    pipe.components.vae.decode(torch.zeros(48, 1, 4, 4))
+    assert pipe.components.model.language_model.lm_head.weight.data_ptr() == before
+
+
+def test_by_layer_a_row_of_a_table_is_looked_up_where_it_lies():
+    table = nn.Embedding(4, 3).requires_grad_(False)
+    Passing(table, torch.device("meta"))
+    assert table(torch.ones(1, 2, dtype=torch.long)).device.type == "meta"
+    assert table.weight.device.type == "cpu"
 
 
 def test_defaults_fit_the_machine():

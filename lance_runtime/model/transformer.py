@@ -22,6 +22,7 @@ from .embeddings import TimestepEmbedder
 from .rope import Rope
 
 UND, GEN = "", "_moe_gen"
+KINDS_OF_CALLS = 64  # for which one function may be compiled
 
 # Attention over what one run of tokens may see: layer index, q (B, H, L, d), k, v (B, Hkv, L, d) -> (B, L, H * d).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -122,7 +123,7 @@ class Lance(nn.Module):
     ) -> None:
         super().__init__()
         factory = {"dtype": dtype, "device": device}
-        self.config = config
+        self.config, self.compiled = config, False
         self.language_model = LanguageModel(config, operations, **factory)
         self.time_embedder = TimestepEmbedder(config.hidden_size, operations, **factory)
         self.vae2llm = operations.Linear(config.latent_channels, config.hidden_size, bias=True, **factory)
@@ -145,6 +146,8 @@ class Lance(nn.Module):
         around: called as ``around(index, layer, hidden)`` in the place of ``layer(hidden)``, so that a host can watch,
         replace or skip layers.
         """
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # what a layer leaves is read by the next: one step for CUDA graphs
         for index, layer in enumerate(self.language_model.model.layers):
             run = partial(layer, rope=rope, attend=partial(attend, index))
             hidden = run(hidden) if around is None else around(index, run, hidden)
@@ -156,6 +159,11 @@ class Lance(nn.Module):
         Attention stays outside: its keys grow from call to call, and it is one fused operation already. All layers share
         two functions, so that each is compiled once a shape and expert, not once a layer.
         """
+        # A compiled function of a whole graph fails at its ninth kind of call. Ours are two experts, one token or many,
+        # one sample or many, guided or not.
+        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+        setattr(torch._dynamo.config, limit, max(KINDS_OF_CALLS, getattr(torch._dynamo.config, limit)))
+        self.compiled = True
         parts = ("before_attention", "after_attention")
         compiled = {name: torch.compile(getattr(DecoderLayer, name), fullgraph=True, **options) for name in parts}
         for layer in self.language_model.model.layers:
