@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import VisionConfig
@@ -38,6 +39,7 @@ def build_vision(
     settings = Qwen2_5_VLVisionConfig(**_settings(config))
     with torch.device("meta"):
         vision: Any = Qwen2_5_VisionTransformerPretrainedModel(settings)
+    vision.patch_embed.proj = PatchProjection(vision.patch_embed.proj)
     for block in vision.blocks:
         block.attn = SegmentAttention(block.attn.qkv, block.attn.proj, config.num_heads, attention)
         block.mlp = GroupedMLP(block.mlp)
@@ -122,6 +124,21 @@ class SegmentAttention(nn.Module):
             raise ValueError("the vision block passed no position_embeddings.\nUse transformers 4.50.3 or later.")
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
         return self.proj(_attend(qkv, position_embeddings, cu_seqlens.tolist(), self.attention).flatten(1))
+
+
+class PatchProjection(nn.Module):
+    """Stands in for the convolution over patches that do not overlap, with the same weight: one matrix product.
+
+    torch's ``Conv3d`` does not see that: on a CPU core it took three times as long.
+    """
+
+    def __init__(self, convolution: nn.Conv3d) -> None:
+        super().__init__()
+        self.weight = convolution.weight
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(N, channels, frames, height, width) -> (N, hidden)."""
+        return F.linear(patches.flatten(1), self.weight.flatten(1))
 
 
 class GroupedMLP(nn.Module):
