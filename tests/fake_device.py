@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "toaster"
 # Operators that may see both sides: those that move, and those that torch lets take indices from the CPU.
+CURRENT_STREAM = torch.accelerator.current_stream
 BOTH_SIDES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::index", "aten::index_put_"}
 
 
@@ -68,8 +70,21 @@ def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
     return tree_map(lambda x: Elsewhere(x) if here and isinstance(x, torch.Tensor) else x, out)
 
 
+class Line(torch.Stream):
+    """The device's stream; its backend cannot wait for events, but everything there is done at once."""
+
+    def record_event(self, event: Any = None) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: None)
+
+
+def current_line(device: Any = None) -> Line:
+    stream = CURRENT_STREAM(device)
+    return Line(stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type)
+
+
 def complete() -> None:
     """What torch asserts about, made on the CPU and moved: new tensors from numbers, and indices that are lists."""
+    torch.accelerator.current_stream = current_line
 
     def moved(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
