@@ -18,8 +18,8 @@ LOGS = {
     "vae_both": "VAE",
     "vae_decoder": "VAE, decoder alone",
     "vision": "vision tower",
-    "lance": "what is drawn",
-    "lance1": "answers",
+    "lance": "all tasks, one process",
+    "lance1": "the other process",
 }
 UNITS = {"step", "s", "psnr"}
 

@@ -69,14 +69,16 @@ def named(thing: Thing) -> str:
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """A scene in words; ``rng`` leaves out size and place at times, and turns to Chinese."""
+    """A scene in words; ``rng`` leaves out the size at times, and the middle, and turns to Chinese."""
     if rng is not None and rng.random() < CHINESE_SHARE:
         return chinese_caption(scene)
     things, background = scene.things, on(scene.background)
     if len(things) == 1:
         thing = things[0]
         size = f"{size_of(thing)} " if rng is None or rng.random() < 0.7 else ""
-        place = f"{ON[place_of(thing)]} " if rng is None or rng.random() < 0.7 else ""
+        # Elsewhere must be said: with five places to choose from, Nano smeared its thing over two of them.
+        unsaid = rng is not None and place_of(thing) == "middle" and rng.random() < 0.7
+        place = "" if unsaid else f"{ON[place_of(thing)]} "
         article = "a" if size else named(thing).split()[0]
         return f"{article} {size}{thing.colour} {thing.shape} {place}{background}"
     if len(things) == 2:
