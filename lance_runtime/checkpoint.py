@@ -20,10 +20,20 @@ POSITION_TABLE = "latent_pos_embed.pos_embed"
 VIT_PREFIX = "vit_model."
 # Rows of the position table that Lance_3B carries (one latent frame of 64 x 64); the video checkpoint's has more frames.
 IMAGE_TABLE_ROWS = 64 * 64
-ANY_VARIANT = "any"
+ANY_VARIANT, VARIANT_HEADER = "any", "lance_variant"
+HEADER_TENSOR = "lance_header"  # see pack_header
 # What tells weights that ComfyUI's own machinery quantised: a tensor a layer, a header entry, or the first way of all.
 QUANT_TENSOR, QUANT_HEADER, OLD_QUANT_TENSOR = ".comfy_quant", "_quantization_metadata", "scaled_fp8"
 SCALE_NAMES = (".weight_scale", ".scales", ".scale_weight")
+
+
+def pack_header(header: Mapping[str, str]) -> Tensor:
+    """Metadata as a tensor of bytes, for a host that saves tensors alone."""
+    return torch.frombuffer(bytearray(json.dumps(dict(header)).encode("utf-8")), dtype=torch.uint8)
+
+
+def unpack_header(packed: Tensor) -> dict[str, str]:
+    return json.loads(packed.numpy().tobytes())
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -40,6 +50,9 @@ class TensorFile(Mapping[str, Tensor]):
             self._open_pickle()
         else:
             self._open_safetensors()
+        if HEADER_TENSOR in self.shapes:  # no weight: metadata, wherever it is kept
+            self.metadata = {**unpack_header(self[HEADER_TENSOR]), **self.metadata}
+            del self.shapes[HEADER_TENSOR], self.dtypes[HEADER_TENSOR]
 
     def _open_safetensors(self) -> None:
         header = _read_header(self.path)
@@ -153,12 +166,12 @@ def has_own_vit(file: TensorFile) -> bool:
 
 
 def guess_variant(file: TensorFile) -> str | None:
-    """ "image" or "video" from the position table, the ViT inside, or the file's name; None where nothing tells.
+    """ "image" or "video" from the header, the position table, the ViT inside, or the file's name; None where nothing tells.
 
     ``ANY_VARIANT`` for a checkpoint whose header says that it was trained for both.
     """
-    if file.metadata.get("lance_variant") == ANY_VARIANT:
-        return ANY_VARIANT
+    if (stated := file.metadata.get(VARIANT_HEADER)) in (ANY_VARIANT, "image", "video"):
+        return stated
     table = file.shapes.get(POSITION_TABLE)
     if has_own_vit(file) or "video" in f"{file.path.parent.name}/{file.path.name}".lower():
         return "video"

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from .checkpoint import ANY_VARIANT, HUB, QUANT_HEADER, TensorFile, check_is_lance, guess_variant, has_own_vit, identify
 from .config import LanceConfig, VisionConfig
+from .dequantize import plain_tensors
 from .tokenizer import LanceTokenizer
 
 VARIANT_FOLDERS = {"image": "Lance_3B", "video": "Lance_3B_Video"}
@@ -71,7 +72,7 @@ def read_config(file: TensorFile) -> LanceConfig:
         return LanceConfig.from_json(_parsed(file.metadata["llm_config_json"], f"llm_config_json of {file.path.name}"))
     if beside.is_file():
         return LanceConfig.from_json(_parsed(beside.read_text("utf-8"), str(beside)))
-    return LanceConfig.from_shapes(file.shapes)
+    return LanceConfig.from_shapes(plain_tensors(file).shapes)
 
 
 def read_vision_config(file: TensorFile | None, config_file: Path) -> VisionConfig:

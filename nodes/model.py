@@ -19,19 +19,22 @@ from torch import Tensor
 
 from ..lance_runtime.checkpoint import (
     ANY_VARIANT,
+    HEADER_TENSOR,
     MODEL_RULES,
+    VARIANT_HEADER,
     TensorFile,
     apply_rules,
     check_names,
     guess_variant,
     model_tensors,
+    pack_header,
 )
 from ..lance_runtime.components import build_lance
 from ..lance_runtime.config import LanceConfig
 from ..lance_runtime.denoise import predict_velocity
 from ..lance_runtime.dequantize import plain_tensors
 from ..lance_runtime.engine import Engine
-from ..lance_runtime.files import read_config
+from ..lance_runtime.files import HEADER_FILES, header_of, read_config
 from ..lance_runtime.model.transformer import Lance, Streams
 from ..lance_runtime.prefill import Branch, branch
 from ..lance_runtime.reuse import Prefixes
@@ -181,11 +184,17 @@ class LanceModel(comfy.model_base.BaseModel):
         self.variant: str | None = model_config.variant
         self.prefixes: list[Prefix] = []
         self.prefixes_read = Prefixes()  # of questions
+        self.header: dict[str, str] = {}  # configuration and tokenizer, which a saved model takes along
         self.memory_usage_factor_conds = ("prefix",)
 
     @property
     def sizes(self) -> TrainedSizes:
         return self.diffusion_model.config.sizes
+
+    def state_dict_for_saving(self, *parts: Any, **more: Any) -> dict[str, Tensor]:
+        # ComfyUI's save nodes keep tensors alone.
+        header = {**self.header, **({} if self.variant is None else {VARIANT_HEADER: self.variant})}
+        return {**super().state_dict_for_saving(*parts, **more), HEADER_TENSOR: pack_header(header)}
 
     def process_timestep(self, timestep: Tensor, **kwargs: Any) -> Tensor:
         # The network sees sigma, whatever multiplier ModelSamplingSD3 or AuraFlow has put here.
@@ -306,6 +315,7 @@ def load_model(
     model = config.get_model(state)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
+    model.header = {key: text for key, text in header_of(file).items() if key in HEADER_FILES}
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     callbacks = comfy.patcher_extension.CallbacksMP
     patcher.add_callback_with_key(callbacks.ON_CLEANUP, "lance", lambda patcher: patcher.model.free_prefixes())

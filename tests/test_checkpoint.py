@@ -17,7 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lance_runtime import LancePipeline
-from lance_runtime.checkpoint import POSITION_TABLE, TensorFile, guess_variant, identify, model_tensors, vit_tensors
+from lance_runtime.checkpoint import (
+    HEADER_TENSOR,
+    POSITION_TABLE,
+    TensorFile,
+    guess_variant,
+    identify,
+    model_tensors,
+    pack_header,
+    vit_tensors,
+)
 from lance_runtime.components import assign, build_lance, load_components
 from lance_runtime.config import LanceConfig, VisionConfig
 from lance_runtime.files import find_sources
@@ -602,3 +611,14 @@ def test_a_pickle_of_something_else_is_refused(tree, value):
     torch.save(value, tree / VAE.name)
     message = refusal(load, tree)
     assert VAE.name in message or "196 tensors are missing" in message
+
+
+def test_metadata_may_be_a_tensor(tmp_path):
+    """As ComfyUI's save nodes keep it; what is in the header itself goes first."""
+    header = {"llm_config_json": '{"a": "ü"}', "lance_variant": "video"}
+    tensors = {"a": torch.ones(2), HEADER_TENSOR: pack_header(header)}
+    save_file(tensors, tmp_path / "a.safetensors", {"lance_variant": "image"})
+    file = TensorFile(tmp_path / "a.safetensors")
+    assert list(file) == ["a"]
+    assert file.metadata == header | {"lance_variant": "image"}
+    assert guess_variant(file) == "image"

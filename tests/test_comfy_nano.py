@@ -206,7 +206,8 @@ def test_subject(server):
 
 
 def test_sizes_are_said_and_beyond_the_trained_ones_warned_of(server):
-    graph = {"load": load(), "empty": empty(), "sample": draw(PROMPT, ["empty", 0], steps=1), **decoded()}
+    # A size that no other test asks for: what ComfyUI has in its cache says nothing.
+    graph = {"load": load(), "empty": empty("image 3:2"), "sample": draw(PROMPT, ["empty", 0], steps=1), **decoded()}
     assert server.run(graph).outputs["empty"]["text"] == ["96 x 96, 1 picture, 36 tokens"]
     graph["empty"]["inputs"].update(size="custom", width=192, height=96)
     note = server.run(graph).outputs["empty"]["text"][0]
@@ -226,15 +227,16 @@ def test_a_saved_model_draws_the_same_thing(server):
     save = {"save": node("ModelSave", model=["load", 0], filename_prefix="diffusion_models/nano")}
     server.run({"load": load(), **save})
     graph = {"load": load(), "empty": empty(), "sample": draw(PROMPT, ["empty", 0]), **decoded()}
+    # The CLIP too: words, configuration and variant came along with the weights.
     graph["saved"] = node(
         "LanceNativeLoader",
         model_name="nano_00001_.safetensors",
         vit_name="auto",
         vae_name=NANO,
-        variant="image",
+        variant="auto",
         weight_type="default",
     )
-    graph["sample"]["inputs"].update(model=["saved", 0])
+    graph["sample"]["inputs"].update(model=["saved", 0], clip=["saved", 1])
     assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
 
 
