@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -246,37 +247,45 @@ def load(model: Path) -> None:
     _loaded["pipe"] = LancePipeline.from_pretrained(model, "image", device="cpu")
 
 
-def count_right(name: str, number: int, broken: str = "") -> int:
-    """How many of ``number`` examples of a row are right; broken: the title of an ablation."""
+def count_right(names: list[str], number: int, broken: str = "") -> list[int]:
+    """How many of ``number`` examples are right, by the judges of rows that share them; broken: the title of an ablation."""
     pipe = _loaded["pipe"]
-    if name == VAE_ROW:
-        return measure_vae(pipe, number)
-    task, drawn, judge = next((task, drawn, judge) for row, task, drawn, judge, _ in MEASURED if row == name)
+    if names == [VAE_ROW]:
+        return [measure_vae(pipe, number)]
+    rows = [row for row in MEASURED if row[0] in names]
     change, settings = next(((change, more) for title, change, more, _ in ABLATIONS if title == broken), (unchanged, {}))
     with change(pipe):
-        return measure(pipe, task, drawn, [judge], number, **settings)[0]
+        return measure(pipe, rows[0][1], rows[0][2], [judge for _, _, _, judge, _ in rows], number, **settings)
+
+
+def sharing(rows: list[str]) -> Iterator[list[str]]:
+    """Names of rows that are measured on the same examples."""
+    drawn = {name: str((task, how)) for name, task, how, _, _ in MEASURED}
+    for _, group in groupby(rows, key=lambda name: drawn.get(name, name)):
+        yield list(group)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=NANO)
     parser.add_argument("--number", type=int, default=200)
-    parser.add_argument("--ungated", type=int, default=100, help="examples for rows without a gate")
+    parser.add_argument("--ungated", type=int, default=200, help="examples for rows without a gate")
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--write", action="store_true", help="write RESULTS.md")
     options = parser.parse_args()
     gates: dict[str, float | None] = {VAE_ROW: VAE_GATE} | {name: gate for name, _, _, _, gate in MEASURED}
-    jobs = [(name, "") for name in gates if options.only in name]
+    jobs = [(names, "") for names in sharing([name for name in gates if options.only in name])]
     if options.ablations:
-        jobs += [(name, title) for title, _, _, names in ABLATIONS for name in names if options.only in name]
+        jobs += [([name], title) for title, _, _, names in ABLATIONS for name in names if options.only in name]
+    found: dict[tuple[str, str], int] = {}
     with ProcessPoolExecutor(options.processes, initializer=load, initargs=(options.model,)) as pool:
         numbers = {name: options.number if gate is not None else options.ungated for name, gate in gates.items()}
-        waiting = {(name, broken): pool.submit(count_right, name, numbers[name], broken) for name, broken in jobs}
-        for job, future in waiting.items():
-            print(*job, future.result(), flush=True)
-    found = {job: future.result() for job, future in waiting.items()}
+        waiting = [(names, broken, pool.submit(count_right, names, numbers[names[0]], broken)) for names, broken in jobs]
+        for names, broken, future in waiting:
+            found |= {(name, broken): right for name, right in zip(names, future.result(), strict=True)}
+            print(broken, {name: found[name, broken] for name in names}, flush=True)
     text = RESULTS_HEAD + "\n".join(tables(found, gates, numbers)) + "\n"
     print(text)
     if options.write:
