@@ -54,8 +54,8 @@ def main() -> None:
     start = time.perf_counter()
     pipe = LancePipeline.from_pretrained(NANO, "image")
     pictures, edits = drawn(pipe), edited(pipe)
-    rows = [pictures, edits, *([clip] for clip in clips(pipe)), answered(pipe, [*pictures[:2], edits[0], pictures[2]])]
-    titles = ("Text to picture", "A picture changed", "Text to clip", "Text to clip", "Picture to clip", "Questions")
+    rows = [pictures, edits, *([clip] for clip in clips(pipe)), answered(pipe, [*pictures[:2], edits[0], pictures[3]])]
+    titles = ("Text to picture", "A picture changed", "Text to clip", "", "Picture to clip", "Questions")
     sheet = contact_sheet(list(zip(titles, rows, strict=True)))
     sheet.save(DEMO / "sheet.png")
     print(f"{time.perf_counter() - start:.0f} s. Look at {DEMO / 'sheet.png'}; every picture and clip lies beside it.")
@@ -103,15 +103,14 @@ def answered(pipe: LancePipeline, about: Sequence[Card]) -> list[Card]:
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Card]]]) -> Image.Image:
-    """Every card with its words under it, a title over each row."""
+    """Every card with its words under it, a title over each row that has one."""
     font, bold = ImageFont.load_default(15), ImageFont.load_default(20)
     width = max(sum(card_width(card) + GAP for card in cards) for _, cards in rows) + GAP
-    height = GAP + len(rows) * (LINE * 2 + SIDE + LINE * 4)
-    sheet, top = Image.new("RGB", (width, height), "white"), GAP
+    sheet, top = Image.new("RGB", (width, len(rows) * 2 * SIDE), "white"), GAP
     draw = ImageDraw.Draw(sheet)
     for title, cards in rows:
         draw.text((GAP, top), title, fill="black", font=bold)
-        left, top = GAP, top + LINE * 2
+        left, top, lines = GAP, top + (LINE * 2 if title else 0), 1
         for card in cards:
             for index, frame in enumerate(card.pictures):
                 scaled = Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -119,9 +118,9 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Card]]]) -> Image.Image:
             columns = card_width(card) // 8
             words = "\n".join(textwrap.fill(line, columns) for line in card.words.splitlines())
             draw.multiline_text((left, top + SIDE + 6), words, fill="#333333", font=font)
-            left += card_width(card) + GAP
-        top += SIDE + LINE * 4
-    return sheet
+            left, lines = left + card_width(card) + GAP, max(lines, words.count("\n") + 1)
+        top += SIDE + LINE * (lines + 1)
+    return sheet.crop((0, 0, width, top))
 
 
 def card_width(card: Card) -> int:
