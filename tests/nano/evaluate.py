@@ -292,6 +292,9 @@ def main() -> None:
         RESULTS.write_text(text, "utf-8")
 
 
+PARTS = "What the parts are for: the same examples without them. Where the intervals overlap, the task does without the part."
+
+
 def tables(found: dict[tuple[str, str], int], gates: dict[str, float | None], numbers: dict[str, int]) -> Iterator[str]:
     """What is right by row, and beside it what a broken network gets right of the same examples."""
     yield from ("| what | right | of | 95 % interval | gate |", "| --- | ---: | ---: | --- | --- |")
@@ -301,7 +304,7 @@ def tables(found: dict[tuple[str, str], int], gates: dict[str, float | None], nu
             verdict = "" if gate is None else f"{100 * gate:.0f} %: {'passed' if right / number >= gate else 'missed'}"
             yield f"| {name} | {shares(right, number)} | {verdict} |"
     if any(broken for _, broken in found):
-        yield from ("", "What the parts are for: the same examples without them.", "")
+        yield from ("", PARTS, "")
         yield "| without | what | right | of | 95 % interval | with | of | 95 % interval |"
         yield "| --- | --- | ---: | ---: | --- | ---: | ---: | --- |"
         for (name, broken), right in found.items():
