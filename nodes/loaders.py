@@ -4,8 +4,8 @@ import logging
 
 from ..lance_runtime.checkpoint import TensorFile, guess_variant
 from .clip import make_clip
-from .model import WEIGHT_TYPES, load_model
 from .model_files import NANO_CHOICE, model_files, model_path
+from .model_loading import WEIGHT_TYPES, load_model
 from .pictures import mark_sizes
 from .schema import CATEGORY, io
 from .tokenizers import find_tokenizer
