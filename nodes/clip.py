@@ -180,3 +180,10 @@ def lance_of(clip: comfy.sd.CLIP) -> LanceTextModel:
     if not isinstance(model, LanceTextModel):
         raise ValueError(f"This CLIP is a {type(model).__name__}, not Lance's.\nConnect the CLIP of Load Lance.")
     return model
+
+
+def answer_of(clip: comfy.sd.CLIP, context: Context, max_length: int, sampling: Sampling) -> Iterator[int]:
+    """Loads a CLIP, and gives the ids of its answer, computed on its own device from its own copy of the weights."""
+    patcher = clip.load_model({"context": context})
+    with comfy.model_management.cuda_device_context(patcher.load_device):
+        yield from lance_of(clip).answer(context, max_length, sampling, patcher)

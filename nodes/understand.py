@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from ..lance_runtime.decode import Sampling
 from ..lance_runtime.grounding import find_boxes
 from ..lance_runtime.preprocess import vit_size
 from ..lance_runtime.prompts import enhancement, system_sentence
-from .clip import LanceTextModel, lance_of
+from .clip import LanceTextModel, answer_of, lance_of
 from .pictures import frames_of, preset_of, resolution_input
 from .progress import node_of, say
 from .schema import CATEGORY, LanceContext, io
@@ -21,11 +20,9 @@ from .schema import CATEGORY, LanceContext, io
 def speak(clip: Any, context: Context, length: int, sampling: Sampling, node: str | None) -> str:
     """An answer, written into the node as it comes."""
     lance = lance_of(clip)
-    patcher = clip.load_model({"context": context})
     text = ""
-    with comfy.model_management.cuda_device_context(patcher.load_device):
-        for text in _texts(lance, lance.answer(context, length, sampling, patcher)):
-            say(node, text)
+    for text in _texts(lance, answer_of(clip, context, length, sampling)):
+        say(node, text)
     return text
 
 

@@ -260,6 +260,12 @@ def questions(nodes: Any) -> dict:
     passes, kept_now, report = Passes(graph), graph.model.model.prefixes_read.recent, {}
     first = ask(nodes, graph, "what")
     report["first"] = passes.taken()
+    estimate, tokenize = graph.clip.cond_stage_model.memory_estimation_function, graph.clip.tokenize
+    report["estimates"] = [
+        estimate(tokenize("what")),
+        *(estimate(tokenize("what", image=x)) for x in (graph.picture, graph.picture.repeat(2, 1, 1, 1))),
+    ]
+    passes.taken()
     second = ask(nodes, graph, "the dog in the park")
     report["second"], report["kept bytes"] = passes.taken(), kept_now.nbytes
     report["first again"], report["third"] = ask(nodes, graph, "what") == first, passes.taken()

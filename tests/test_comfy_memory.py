@@ -80,6 +80,9 @@ def test_further_questions_read_their_words_alone():
     assert found["its LoRA's"]
     assert found["a copy's"]
     assert found["caches"] == 0
+    prompt, one_picture, two_pictures = found["estimates"]
+    assert prompt == 0  # nothing is read
+    assert 0 < one_picture < two_pictures
 
 
 def test_what_was_kept_of_questions_goes_with_the_model():

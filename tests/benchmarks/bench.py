@@ -33,10 +33,10 @@ from lance_runtime.decode import decode  # noqa: E402
 from lance_runtime.denoise import predict_velocity  # noqa: E402
 from lance_runtime.engine import Engine  # noqa: E402
 from lance_runtime.prefill import Branch, branch, prefill  # noqa: E402
+from lance_runtime.terminal import DTYPES  # noqa: E402
 from lance_runtime.types import LatentShape, Modality, PixelShape  # noqa: E402
 from lance_runtime.vae import WanVAE, _build, original_name  # noqa: E402
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REAL_WIDTH = {"hidden": 2048, "layers": 2, "height": 768, "width": 768, "vocabulary": 151936, "vae": 160}
 SYSTEM_TOKENS, CLOSING_TOKENS = 32, 8  # about what the templates around a prompt take
 GIGA = 1e9
