@@ -4,7 +4,7 @@ from typing import Any
 
 from ..lance_runtime.context import Context, Segment, open_context
 from ..lance_runtime.prompts import TASKS, system_sentence
-from ..lance_runtime.types import LatentShape, Modality
+from ..lance_runtime.types import Modality
 from .clip import lance_of
 from .pictures import (
     AS_IS,
@@ -12,9 +12,9 @@ from .pictures import (
     encode_source,
     fps_input,
     frames_of,
+    grid_of,
     normalised,
     preset_of,
-    raw_latent,
     resolution_input,
     sizes_of,
     source_input,
@@ -76,9 +76,9 @@ class LanceNativeVAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: Any, source: Any, resolution: str, fps: float) -> io.NodeOutput:
-        latents = encode_source(vae, frames_of(source, fps, sizes_of(vae)), resolution)
-        shape = LatentShape(*latents.shape[1:]).pixels()
-        return io.NodeOutput(raw_latent(latents), shape.width, shape.height, shape.frames)
+        latent = encode_source(vae, frames_of(source, fps, sizes_of(vae)), resolution)
+        shape = grid_of(latent).pixels()
+        return io.NodeOutput(latent, shape.width, shape.height, shape.frames)
 
 
 class LanceNativeContext(io.ComfyNode):
@@ -161,7 +161,7 @@ def _both_streams(clip: Any, vae: Any, source: Any, resolution: str, fps: float,
     lance = lance_of(clip)
     frames = frames_of(source, fps, lance.sizes)
     preset = preset_of(resolution, frames, lance.sizes)
-    return [lance.tower.encode(frames, preset), Segment.latents(encode_source(vae, frames, preset), role)]
+    return [lance.tower.encode(frames, preset), Segment.latents(normalised(encode_source(vae, frames, preset)), role)]
 
 
 class LanceNativeEdit(io.ComfyNode):

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..lance_runtime.types import LANCE_3B, TEMPORAL_STRIDE, LatentShape, PixelShape, TrainedSizes
 from ..lance_runtime.visuals import encode_given
 from .model import check_model
-from .pictures import FORMAT, empty_latent, encode, frames_of, grid_of
+from .pictures import FORMAT, empty_latent, encode, frames_of, grid_of, normalised
 from .progress import node_of, say
 from .schema import CATEGORY, io
 
@@ -178,7 +178,7 @@ class LanceNativeVideoStart(io.ComfyNode):
             raise ValueError(
                 "Lance Video Start has 0 given frames; it needs 1 or more.\nConnect a picture, or leave the node out."
             )
-        given = encode_given(pictures, grid, lambda pixels: encode(vae, pixels))
+        given = encode_given(pictures, grid, lambda pixels: normalised(encode(vae, pixels)))
         return io.NodeOutput(_with_given(grid, batch, given.frames, given.latents))
 
 

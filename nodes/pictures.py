@@ -54,28 +54,23 @@ def mark_sizes(vae: Any, sizes: TrainedSizes) -> Any:
     return vae
 
 
-def encode(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels (3, T, H, W) in [-1, 1] -> normalised latents (48, t, h, w), by ComfyUI's VAE."""
+def encode(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Pixels (3, T, H, W) in [-1, 1] -> a LATENT of one sample (1, 48, t, h, w), by ComfyUI's VAE."""
     raw = vae.encode(pixels.movedim(0, -1).add(1).div(2))
     if raw.ndim != 5 or raw.shape[1] != FORMAT.latent_channels:
         raise ValueError(
             f"This VAE makes latents of {raw.shape[1]} channels; Lance needs {FORMAT.latent_channels}.\n"
             "Use the VAE of Load Lance, or wan2.2_vae.safetensors."
         )
-    return FORMAT.process_in(raw.float().cpu())[0]
+    return {"samples": raw.float().cpu()}
 
 
-def encode_source(vae: Any, frames: np.ndarray, resolution: str) -> Tensor:
-    """A source's normalised latents, cut and scaled to its bucket, or "as is" (cut to multiples of 16)."""
+def encode_source(vae: Any, frames: np.ndarray, resolution: str) -> dict[str, Tensor]:
+    """A source as a LATENT, cut and scaled to its bucket, or "as is" (cut to multiples of 16)."""
     if resolution == AS_IS:
         height, width = (size // SPATIAL_STRIDE * SPATIAL_STRIDE for size in frames.shape[1:3])
         return encode(vae, fitted_pixels(frames, (max(height, SPATIAL_STRIDE), max(width, SPATIAL_STRIDE))))
     return encode(vae, vae_pixels(frames, preset_of(resolution, frames, sizes_of(vae))))
-
-
-def raw_latent(latents: Tensor) -> dict[str, Any]:
-    """Normalised latents (48, t, h, w) as ComfyUI's LATENT."""
-    return {"samples": FORMAT.process_out(latents[None])}
 
 
 def normalised(latent: dict[str, Any]) -> Tensor:
