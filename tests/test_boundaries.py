@@ -21,6 +21,7 @@ ORDER = [
     "positions",
     "context",
     "model.rope",
+    "model.linear",
     "model.attention",
     "model.embeddings",
     "model.transformer",

@@ -9,6 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from lance_runtime import Guidance, LancePipeline
+from lance_runtime.model import linear
+from lance_runtime.model.linear import Linear, row_product
 
 
 @pytest.fixture
@@ -74,3 +76,30 @@ def test_without_it_nothing_is_compiled(image_pipe):
     counters.clear()
     image_pipe(**tasks.arguments("t2i"))
     assert graphs() == 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("shape", [(1, 1, 40), (40,), (1, 2, 40)])
+@pytest.mark.parametrize("rows", [48, 7])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_linear_layer_is_torchs(dtype, tolerance, shape, rows, bias, traced):
+    """One row goes another way; 7 rows of a weight make no parts."""
+    torch.manual_seed(0)
+    layer = Linear(40, rows, bias=bias).requires_grad_(False)
+    x = torch.randn(shape)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    run = torch.compile(layer.to(dtype), backend="eager", fullgraph=True) if traced else layer.to(dtype)
+    found = run(x.to(dtype))
+    assert (found.dtype, found.shape) == (dtype, expected.shape)
+    assert (found.float() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_one_row_goes_its_own_way(monkeypatch):
+    seen = []
+    monkeypatch.setattr(linear, "row_product", lambda row, weight: seen.append(len(row)) or row_product(row, weight))
+    layer = Linear(40, 48)
+    layer(torch.randn(1, 1, 40))
+    layer(torch.randn(1, 2, 40))
+    layer.bfloat16()(torch.randn(1, 1, 40, dtype=torch.bfloat16))
+    assert seen == [40]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import LanceConfig
 from ..types import LatentShape
+from . import linear
 from .attention import SelfAttention
 from .embeddings import TimestepEmbedder
 from .rope import Rope
@@ -116,13 +117,13 @@ class LanguageModel(nn.Module):
 class Lance(nn.Module):
     """The whole network; its module tree is the checkpoint's.
 
-    operations: namespace of ``Linear``, ``Embedding`` and ``RMSNorm`` with torch.nn's signatures.
+    operations: namespace of ``Linear``, ``Embedding`` and ``RMSNorm`` with torch.nn's signatures (default: ``linear``).
     """
 
     def __init__(
         self,
         config: LanceConfig,
-        operations: Any = nn,
+        operations: Any = linear,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -159,7 +160,7 @@ class Lance(nn.Module):
         return hidden
 
     def compile_layers(self, **options: Any) -> None:
-        """Run what a layer does on both sides of attention through ``torch.compile``; ``options`` are its own.
+        """Run the head, and a layer's two sides of attention, through ``torch.compile``; ``options`` are its own.
 
         Attention stays outside: its keys grow from call to call, and it is one fused operation already. All layers share
         two functions, so that each is compiled once a shape and expert, not once a layer.
@@ -174,6 +175,7 @@ class Lance(nn.Module):
         for layer in self.language_model.model.layers:
             for name, function in compiled.items():
                 setattr(layer, name, partial(function, layer))
+        self.language_model.lm_head.compile(fullgraph=True, **options)
 
     def velocity(self, hidden: Tensor, grid: LatentShape) -> Tensor:
         """Generation expert's final states (B, tokens, D) -> velocity (B, C, T, H, W), from data to noise."""
