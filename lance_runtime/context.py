@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
@@ -51,6 +51,11 @@ class Segment:
     @property
     def is_visual(self) -> bool:
         return self.grid.tokens > 0
+
+    @property
+    def identity(self) -> Hashable:
+        """The same for the same words, or for the very same values (as long as these are alive)."""
+        return self.mode, self.modality, self.ids, self.grid, id(self.values)
 
     @classmethod
     def text(cls, ids: Sequence[int], modality: Modality = Modality.TEMPLATE) -> Segment:

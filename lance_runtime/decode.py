@@ -13,6 +13,7 @@ from torch import Tensor
 from .context import Layout
 from .engine import Engine
 from .kv_cache import KVCache
+from .model.attention import shapes_of_their_own
 from .model.transformer import Streams
 from .prefill import prefill
 from .tokenizer import IM_END, LanceTokenizer
@@ -122,6 +123,7 @@ def decode(
         yield token
 
 
+@shapes_of_their_own()
 def next_states(engine: Engine, cache: KVCache, token: int, position: int) -> Tensor:
     """Read one token into the cache; returns its final states (1, 1, D)."""
 

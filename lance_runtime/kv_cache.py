@@ -64,11 +64,14 @@ class KVCache:
         past = self.layers[layer][:, :, :, : self.length].expand(-1, k.shape[0], -1, -1, -1)
         return torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
 
-    def clone(self, capacity: int = 0) -> KVCache:
-        """An independent copy of the committed tokens, with room for ``capacity`` tokens in all."""
+    def clone(self, capacity: int = 0, length: int | None = None) -> KVCache:
+        """An independent copy of the committed tokens, with room for ``capacity`` tokens in all.
+
+        length: copy the first ones only.
+        """
         copy = object.__new__(KVCache)
-        copy.length = self.length
-        copy.layers = [self._resized(layer, max(capacity, self.length)) for layer in self.layers]
+        copy.length = self.length if length is None else length
+        copy.layers = [copy._resized(layer, max(capacity, copy.length)) for layer in self.layers]
         return copy
 
     def _resized(self, layer: Tensor, capacity: int) -> Tensor:

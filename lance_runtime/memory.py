@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .components import Components
 OFFLOAD_KINDS = ("none", "model", "layer")
 # Weights that are copied before they are needed. One decoder layer's MLP of one expert has 135 MB in bfloat16.
 AHEAD_BYTES = 256 * 2**20
+PINNING = ("cuda", "xpu")  # kinds of devices that read pinned memory by themselves
 LINKS_BEHIND = 2  # links whose computing may be unfinished when further weights are copied
 
 
@@ -33,8 +35,7 @@ def add_offloading(components: Components, kind: str) -> None:
     if kind == "none":
         return
     if kind == "layer":
-        for module in components.modules:
-            Passing(module, components.device)
+        Passing(components.modules, components.device)
         return
     from accelerate.hooks import add_hook_to_module
 
@@ -43,23 +44,20 @@ def add_offloading(components: Components, kind: str) -> None:
         add_hook_to_module(module, hook)
 
 
-Homes = dict[nn.Module, dict[str, Tensor]]  # the weights of every link (a module that has some of its own) on the CPU
+def _weights(link: nn.Module) -> dict[str, Tensor]:
+    """A module's own weights, without those of its parts."""
+    return {name: own.detach() for name, own in link.named_parameters(recurse=False)}
 
 
-def _homes(module: nn.Module) -> Homes:
-    found = {link: dict(link.named_parameters(recurse=False)) for link in module.modules()}
-    return {link: {name: own.detach() for name, own in weights.items()} for link, weights in found.items() if weights}
-
-
-def _place(link: nn.Module, names: Iterable[str], weights: Iterable[Tensor]) -> None:
-    for name, weight in zip(names, weights, strict=True):
+def _place(link: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
         setattr(link, name, nn.Parameter(weight, requires_grad=False))
 
 
 class Copied(NamedTuple):
     """A link's weights on the device, and the event after which they are complete (None: they are)."""
 
-    weights: list[Tensor]
+    weights: dict[str, Tensor]
     event: Any
 
 
@@ -69,57 +67,67 @@ class Passing:
     While one link computes, those that followed it last time are copied, on a stream of their own where the device has
     streams. (accelerate copies when a weight is needed, and computes when it is there.) Tables of embeddings do not pass:
     a row is looked up where it lies.
+
+    What one module has copied ahead goes when another begins. Links go by their number, so that a module that nobody wants
+    any more is not kept by its own hooks.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, ahead: int = AHEAD_BYTES) -> None:
+    def __init__(self, modules: Iterable[nn.Module], device: torch.device, ahead: int = AHEAD_BYTES) -> None:
         self.device, self.ahead, self.stream = device, ahead, _side_stream(device)
-        tables = [link for link in module.modules() if isinstance(link, nn.Embedding)]
-        self.homes = {link: weights for link, weights in _homes(module).items() if link not in tables}
-        self.follower: dict[nn.Module, nn.Module] = {}
-        self.coming: dict[nn.Module, Copied] = {}
-        self.last: nn.Module | None = None
+        self.pins = device.type in PINNING
+        self.homes: list[dict[str, Tensor]] = []
+        self.follower: dict[int, int] = {}
+        self.coming: dict[int, Copied] = {}
+        self.last: int | None = None
         self.computing: deque[Any] = deque()  # events behind the last links
-        for table in tables:
-            table.register_forward_pre_hook(lambda _, inputs: tuple(ids.cpu() for ids in inputs))
-            table.register_forward_hook(lambda _, __, rows: rows.to(device))
-        for link in self.homes:
-            link.register_forward_pre_hook(self._arrive)
-            link.register_forward_hook(self._leave, always_call=True)
+        for link in (link for module in modules for link in module.modules()):
+            if isinstance(link, nn.Embedding):
+                link.register_forward_pre_hook(lambda _, inputs: tuple(ids.cpu() for ids in inputs))
+                link.register_forward_hook(lambda _, __, rows: rows.to(device))
+            elif weights := _weights(link):
+                link.register_forward_pre_hook(partial(self._arrive, len(self.homes)))
+                link.register_forward_hook(partial(self._leave, len(self.homes)), always_call=True)
+                self.homes.append(weights)
 
-    def _arrive(self, link: nn.Module, _: Any) -> None:
+    def _arrive(self, number: int, link: nn.Module, _: Any) -> None:
         if self.last is not None:
-            self.follower[self.last] = link
-        self.last = link
-        copied = self.coming.pop(link, None) or self._copied(link)
+            self.follower[self.last] = number
+        self.last = number
+        copied = self.coming.pop(number, None) or self._copied(number)
         if copied.event is not None:
             current = torch.accelerator.current_stream(self.device)
             current.wait_event(copied.event)
-            for weight in copied.weights:
+            for weight in copied.weights.values():
                 weight.record_stream(current)  # else its memory could be given away while it is still read
-        _place(link, self.homes[link], copied.weights)
+        _place(link, copied.weights)
 
-    def _leave(self, link: nn.Module, *_: Any) -> None:
-        _place(link, self.homes[link], self.homes[link].values())
+    def _leave(self, number: int, link: nn.Module, *_: Any) -> None:
+        _place(link, self.homes[number])
         self._wait()
-        wanted = dict.fromkeys(self._following(link))
+        wanted = dict.fromkeys(self._following(number))
         self.coming = {other: self.coming[other] if other in self.coming else self._copied(other) for other in wanted}
 
-    def _following(self, link: nn.Module) -> Iterator[nn.Module]:
+    def _following(self, number: int) -> Iterator[int]:
         """The links after this one, as far ahead as may be copied; always one."""
-        size, begun = 0, link
-        while (following := self.follower.get(link)) is not None and following is not begun:
+        size, begun = 0, number
+        while (following := self.follower.get(number)) is not None and following != begun:
             size += sum(weight.nbytes for weight in self.homes[following].values())
-            if size > self.ahead and link is not begun:
+            if size > self.ahead and number != begun:
                 return
             yield following
-            link = following
+            number = following
 
-    def _copied(self, link: nn.Module) -> Copied:
-        weights = self.homes[link].values()
+    def _copied(self, number: int) -> Copied:
+        home = self.homes[number]
         if self.stream is None:
-            return Copied([weight.to(self.device) for weight in weights], None)
+            return Copied({name: weight.to(self.device) for name, weight in home.items()}, None)
         with self.stream:
-            return Copied([weight.to(self.device, non_blocking=True) for weight in weights], self.stream.record_event())
+            sent = {name: self._staged(weight).to(self.device, non_blocking=True) for name, weight in home.items()}
+            return Copied(sent, self.stream.record_event())
+
+    def _staged(self, weight: Tensor) -> Tensor:
+        """In pinned memory, which a device reads by itself; torch takes it back, and lends it again, when that is done."""
+        return weight.pin_memory() if self.pins and weight.nbytes <= self.ahead else weight
 
     def _wait(self) -> None:
         """Until the device has computed all but the last links: a host that runs ahead would fill it with weights."""
@@ -136,10 +144,10 @@ def _side_stream(device: torch.device) -> Any:
     return torch.Stream(device=device) if ours and hasattr(torch.Stream, "__enter__") else None
 
 
-def send_home(homes: Homes) -> None:
-    """A module's weights are those on the CPU again."""
+def send_home(homes: Mapping[nn.Module, Mapping[str, Tensor]]) -> None:
+    """Each module's weights are those on the CPU again."""
     for link, weights in homes.items():
-        _place(link, weights, weights.values())
+        _place(link, weights)
 
 
 def _alone_hook(components: Components) -> Any:
@@ -150,7 +158,7 @@ def _alone_hook(components: Components) -> Any:
     """
     from accelerate.hooks import CpuOffload
 
-    homes = {module: _homes(module) for module in components.modules}
+    homes = {module: {link: _weights(link) for link in module.modules()} for module in components.modules}
 
     class Alone(CpuOffload):
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:

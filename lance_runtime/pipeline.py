@@ -217,8 +217,14 @@ class LancePipeline:
         return encode_given(pictures, target, self.components.vae.encode)
 
     def branches(self, request: Request, context: Context, target: LatentShape) -> Branches:
+        before: list[Branch] = []
+
         def made(sequence: Callable[[], Layout]) -> Callable[[], Branch]:
-            return lambda: branch(self.components.engine, sequence())
+            def make() -> Branch:
+                before.append(branch(self.components.engine, sequence(), before))
+                return before[-1]
+
+            return make
 
         bare = context.without(Modality.PROMPT, *VISUAL_CONDITIONS)
         return Branches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -14,7 +14,7 @@ from .config import LanceConfig
 from .context import Layout, Mode, Segment, Split, VisionTokens
 from .engine import Engine
 from .kv_cache import KVCache
-from .model.attention import causal_attention
+from .model.attention import causal_attention, shapes_of_their_own
 from .model.embeddings import latent_position_embedding
 from .model.rope import Rope
 from .model.transformer import Streams
@@ -25,16 +25,18 @@ from .types import LatentShape
 class Branch:
     """All that a denoising step needs of one guidance branch; computed once per run.
 
-    cache: the prefix. rope: tables of the target's two vision tokens and of its latents. boundary: embeddings
-    (1, 2, D) of the two vision tokens. places: position embeddings (tokens, D) of the latents.
+    layout: what it was made of. cache: the prefix. rope: tables of the target's two vision tokens and of its latents.
+    boundary: embeddings (1, 2, D) of the two vision tokens. places: position embeddings (tokens, D) of the latents.
     """
 
+    layout: Layout
     cache: KVCache
     rope: Streams
     boundary: Tensor
     places: Tensor
 
 
+@shapes_of_their_own()
 def prefill(engine: Engine, layout: Layout, cache: KVCache | None = None, done: int = 0) -> tuple[KVCache, Any]:
     """Run the splits before the target; returns the cache and the last block's final states (1, L, D).
 
@@ -63,14 +65,32 @@ def blocks(layout: Layout, done: int = 0) -> list[list[Split]]:
     return found
 
 
-def branch(engine: Engine, layout: Layout, places: Tensor | None = None) -> Branch:
-    """Prefill a layout and prepare its target. places: another branch's position embeddings, to share them."""
-    cache, _ = prefill(engine, layout)
+def branch(engine: Engine, layout: Layout, beside: Iterable[Branch] = ()) -> Branch:
+    """Prefill a layout and prepare its target. beside: branches of the same engine, whose pictures need no second reading."""
+    cache, _ = prefill(engine, layout, *_begun(layout, beside))
     target = layout.target
-    if places is None:
-        places = target_places(engine, target.segment.grid)
     boundary = engine.embed([layout.vision.start, layout.vision.end])
-    return Branch(cache, _visual_rope(engine, target.positions), boundary, places)
+    return Branch(layout, cache, _visual_rope(engine, target.positions), boundary, target_places(engine, target.segment.grid))
+
+
+def _begun(layout: Layout, beside: Iterable[Branch]) -> tuple[KVCache | None, int]:
+    """A cache of the first splits, up to the last visual, that another branch has read too; and how many they are."""
+    shared = [(shared_splits(layout, other.layout), other.cache) for other in beside]
+    done, cache = max(shared, key=lambda pair: pair[0], default=(0, None))
+    if not done or cache is None:
+        return None, 0
+    lengths = [len(split) for split in layout.prefix]
+    return cache.clone(sum(lengths), sum(lengths[:done])), done
+
+
+def shared_splits(layout: Layout, other: Layout) -> int:
+    """How many splits two layouts begin with in common, at the same positions, of which the last is a visual."""
+    shared = 0
+    for count, (one, two) in enumerate(zip(layout.prefix, other.prefix, strict=False), 1):
+        if one.segment.identity != two.segment.identity or not torch.equal(one.positions, two.positions):
+            break
+        shared = count if one.segment.is_visual else shared
+    return shared
 
 
 def target_places(engine: Engine, grid: LatentShape) -> Tensor:

@@ -99,7 +99,7 @@ class Prefixes:
         if done == 0 or torch.is_grad_enabled():
             return prefill(engine, sequence)
         segments = tuple(split.segment for split in sequence.prefix[:done])
-        key = (weights, engine.dtype, engine.device, *map(_name, segments))
+        key = (weights, engine.dtype, engine.device, *(segment.identity for segment in segments))
         cache = KVCache(engine.model.config, sum(map(len, sequence.prefix)), engine.dtype, engine.device)
         kept = self.recent.get(key)
         if kept is None:
@@ -114,8 +114,3 @@ class Prefixes:
 def reading(prefixes: Prefixes, weights: Hashable) -> Callable[[Engine, Layout], tuple[KVCache, Any]]:
     """``Prefixes.read`` in the form of ``prefill``."""
     return lambda engine, sequence: prefixes.read(weights, engine, sequence)
-
-
-def _name(segment: Segment) -> Hashable:
-    """The same for the same words, or for the very same values (which are alive as long as they are kept)."""
-    return segment.mode, segment.modality, segment.ids, segment.grid, id(segment.values)

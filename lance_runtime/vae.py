@@ -17,6 +17,7 @@ from .tiling import decode_tiled, encode_tiled
 from .types import TEMPORAL_STRIDE, LatentShape, PixelShape
 
 CHANNELS = 48
+CHANNELS_LAST_CUDNN = range(90800, 91500)
 
 # diffusers' names -> Wan's, applied in this order to every key. diffusers' own conversion knows Wan 2.1 only, and lets
 # 36 of the 196 keys of Wan 2.2 collide without a word.
@@ -73,8 +74,9 @@ class WanVAE:
         module = _build(tensors)
         names = {original_name(key): key for key in module.state_dict()}
         check_names(_shapes({name: module.state_dict()[key] for name, key in names.items()}), _shapes(tensors))
-        state = {key: tensors[name].to(device=device, dtype=dtype) for name, key in names.items()}
+        state = {key: _laid_out(tensors[name].to(device=device, dtype=dtype)) for name, key in names.items()}
         module.load_state_dict(state, strict=True, assign=True)
+        module.enable_slicing()  # one sample after the other: a clip's activations and caches take gigabytes
         return cls(module.train(False).requires_grad_(False))
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -116,6 +118,17 @@ class WanVAE:
             return self.module.decode(latents).sample
         finally:
             self.module.clear_cache()
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """A weight in the order in which this cuDNN multiplies it.
+
+    With these releases torch takes bfloat16 convolutions over clips to cuDNN only where the channels come last; the other
+    way writes every window out, in several times the memory (pytorch, Convolution.cpp, ``use_cudnn``).
+    """
+    if weight.ndim == 5 and (torch.backends.cudnn.version() or 0) in CHANNELS_LAST_CUDNN:
+        return weight.contiguous(memory_format=torch.channels_last_3d)
+    return weight
 
 
 def original_name(key: str) -> str:

@@ -1,7 +1,7 @@
 """Lance as ComfyUI's MODEL: one root module with both experts, and a prefix that lives for one sampling run."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -118,8 +118,11 @@ class Prefix:
         self.recipe, self.tokenizer = recipe, tokenizer
         self._branches: dict[Any, Branch] = {}
 
-    def branch(self, engine: Engine, grid: LatentShape, hooks: Any = ()) -> Branch:
-        """The branch for a latent grid (areas and context windows have grids of their own), made on first use."""
+    def branch(self, engine: Engine, grid: LatentShape, hooks: Any = (), beside: Iterable["Prefix"] = ()) -> Branch:
+        """The branch for a latent grid (areas and context windows have grids of their own), made on first use.
+
+        beside: the prefixes of the same run.
+        """
         if torch.is_grad_enabled():
             return branch(engine, self.recipe.layout(self.tokenizer, grid))
         key = (hooks, grid, engine.dtype, engine.device)
@@ -127,7 +130,8 @@ class Prefix:
             if any(known != hooks for known, *_ in self._branches):
                 self._branches.clear()  # other weights are in place
             sequence = self.recipe.layout(self.tokenizer, grid)
-            self._branches[key] = branch(with_prefill_progress(engine, sequence), sequence)
+            others = [other._branches[key] for other in beside if key in other._branches]
+            self._branches[key] = branch(with_prefill_progress(engine, sequence), sequence, others)
         return self._branches[key]
 
     def clear(self) -> None:
@@ -222,7 +226,7 @@ class LanceModel(comfy.model_base.BaseModel):
             return prefixes
         engine = Engine(self.diffusion_model, self.get_dtype_inference(), x.device, comfy_attention({}))
         grid = LatentShape(*x.shape[2:])
-        return [prefix.branch(engine, grid, self._hooks()) for prefix in prefixes]
+        return [prefix.branch(engine, grid, self._hooks(), self.prefixes) for prefix in prefixes]
 
     def _hooks(self) -> tuple:
         """What tells the weights in place apart within a run: hooks and their strengths."""

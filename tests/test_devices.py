@@ -6,13 +6,20 @@ import ast
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tasks
+import torch
+
+from lance_runtime.model import attention as attention_room
+from lance_runtime.model.attention import sdpa, shapes_of_their_own
 
 HERE = Path(__file__).parent
 FILES = [*(HERE.parent / "lance_runtime").rglob("*.py"), *(HERE.parent / "nodes").rglob("*.py"), HERE.parent / "__init__.py"]
-ASKERS = {"default_device", "default_dtype"}  # functions that may ask what a maker's device can do
+# Functions that may ask what a maker's device can do.
+ASKERS = {"default_device", "default_dtype", "shapes_of_their_own", "surely_fused"}
 MAKERS = {"cuda", "mps", "xpu", "hip", "npu"}
 LATENT_TOLERANCE = 1e-3  # that of the goldens: the device has no fused attention
 TASKS = {
@@ -52,6 +59,38 @@ except RuntimeError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
     assert "got tensors of the CPU" in done.stdout, done.stderr
+
+
+def test_reading_and_decoding_go_without_plans_for_one_shape(image_pipe, monkeypatch):
+    """cuDNN's attention is off where every call has another shape, as it was afterwards, and on for the steps."""
+    components, seen, plans = image_pipe.components, {True: 0, False: 0}, torch.backends.cuda.cudnn_sdp_enabled
+
+    def attention(q, k, v):
+        seen[plans()] += 1
+        return sdpa(q, k, v)
+
+    engine = replace(components.engine, attention=attention)
+    monkeypatch.setattr(type(components), "engine", engine)
+    image_pipe(**tasks.arguments("x2t_image") | {"max_new_tokens": 3})
+    assert seen.pop(True) == 0
+    assert seen[False] > 0
+    assert plans()
+    seen[True] = 0
+    image_pipe(**tasks.arguments("t2i") | {"steps": 1})
+    assert seen[True] > 0
+    with pytest.raises(ZeroDivisionError), shapes_of_their_own():
+        raise ZeroDivisionError
+    assert plans()
+
+
+def test_attention_that_may_write_scores_out_goes_in_parts(monkeypatch):
+    q, k, v = torch.randn(2, 3, 50, 8), torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
+    expected, calls, real = sdpa(q, k, v), [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *x: calls.append(x[0].shape) or real(*x))
+    monkeypatch.setattr(attention_room, "surely_fused", lambda device: False)
+    monkeypatch.setattr(attention_room, "SCORES", 2 * 3 * 20 * 16)
+    torch.testing.assert_close(sdpa(q, k, v), expected)
+    assert [shape[2] for shape in calls] == [16, 16, 16, 2]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(HERE.parent).as_posix())

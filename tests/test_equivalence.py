@@ -1,5 +1,6 @@
 """What must come to the same: cached and uncached, at once and in parts, streamed and called, batched and single."""
 
+from dataclasses import replace
 from functools import cache
 
 import full_pass
@@ -17,7 +18,7 @@ from lance_runtime.context import Context, Segment, VisionTokens, closing_ids, l
 from lance_runtime.denoise import Branches, denoise, flow_sigmas, predict_velocity
 from lance_runtime.engine import Engine
 from lance_runtime.kv_cache import KVCache
-from lance_runtime.prefill import branch, prefill
+from lance_runtime.prefill import branch, prefill, shared_splits
 from lance_runtime.prompts import TASKS
 from lance_runtime.types import VISUAL_CONDITIONS, LatentShape, Modality
 
@@ -114,6 +115,53 @@ def test_a_prefix_extended_later_equals_one_made_at_once(task, pipe):
         close(states[:, -1], hidden[:, -1])
         assert begun.length == length
         assert torch.equal(begun.layers[0][:, :, :, :length], before)
+
+
+@pytest.mark.parametrize("positions", ["cached", "dense"])
+@pytest.mark.parametrize("task", ["image_edit", "video_edit", "subject_image", "t2i"])
+def test_a_picture_is_read_once_for_all_branches(task, positions, pipe):
+    """The second branch begins with a copy of what the first has read of the pictures, and ends with the same numbers."""
+    engine, context = pipe.components.engine, context_of(pipe, task)
+    target = pipe.request(**tasks.arguments(task)).target()
+    first = branch(engine, layout(context, target))
+    sequence = unconditional_layout(context, target, positions)
+    lengths, layer = [], engine.model.language_model.model.layers[0].self_attn
+    reads = (layer.q_proj, layer.q_proj_moe_gen)
+    hooks = [read.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1])) for read in reads]
+    alone = branch(engine, sequence)
+    whole, before = sum(lengths), [layer[:, :, :, : first.cache.length].clone() for layer in first.cache.layers]
+    del lengths[:]
+    found = branch(engine, sequence, [first, alone])
+    for hook in hooks:
+        hook.remove()
+    visuals = [i for i, split in enumerate(sequence.prefix) if split.segment.is_visual]
+    shared = sum(len(split) for split in sequence.prefix[: visuals[-1] + 1]) if visuals else 0
+    assert sum(lengths) == whole - shared
+    assert found.cache.length == alone.cache.length
+    for mine, whole in zip(found.cache.layers, alone.cache.layers, strict=True):
+        close(mine[:, :, :, : found.cache.length], whole[:, :, :, : found.cache.length])
+    for old, layer in zip(before, first.cache.layers, strict=True):
+        assert torch.equal(layer[:, :, :, : first.cache.length], old)
+
+
+def test_other_positions_or_pictures_are_not_shared(image_pipe):
+    context, target = context_of(image_pipe, "image_edit"), LatentShape(1, 4, 4)
+    sequence = layout(context, target)
+    assert shared_splits(sequence, sequence) == 1 + max(i for i, s in enumerate(sequence.prefix) if s.segment.is_visual)
+    moved = replace(sequence, splits=tuple(replace(split, positions=split.positions + 1) for split in sequence.splits))
+    assert shared_splits(sequence, moved) == 0
+    copied = [replace(s, values=s.values.clone()) if s.is_visual else s for s in context.segments]
+    assert shared_splits(sequence, layout(Context(tuple(copied), context.vision), target)) == 0
+
+
+def test_guidance_reads_a_picture_once(image_pipe, monkeypatch):
+    engine, lengths = image_pipe.components.engine, []
+    layer = engine.model.language_model.model.layers[0].self_attn.q_proj
+    hook = layer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    image_pipe(**tasks.arguments("image_edit") | {"steps": 1, "guidance": Guidance(scale=4.0, interval=(0.0, 1.0))})
+    hook.remove()
+    vit = max(len(s) for s in context_of(image_pipe, "image_edit").segments if s.modality == Modality.VIT)
+    assert lengths.count(vit) == 1
 
 
 def test_nothing_left_to_prefill_changes_nothing(image_pipe):

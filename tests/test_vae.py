@@ -73,6 +73,25 @@ def test_batches_are_their_samples():
     assert (frames.int() - torch.stack([vae().decode(sample) for sample in latents]).int()).abs().max() <= 1
 
 
+def test_samples_of_a_batch_go_through_one_by_one(monkeypatch):
+    seen, module = [], vae().module
+    monkeypatch.setattr(module.decoder.conv_in, "forward", lambda *args: seen.append(args[0].shape[0]) or real(*args))
+    real = type(module.decoder.conv_in).forward.__get__(module.decoder.conv_in)
+    vae().decode(torch.zeros(3, 48, 1, 2, 2))
+    assert set(seen) == {1}
+
+
+@pytest.mark.parametrize(("version", "last"), [(None, False), (90701, False), (90800, True), (91400, True), (91500, False)])
+def test_with_some_releases_of_cudnn_the_channels_come_last(version, last, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    made = WanVAE.from_tensors(weights())
+    weight = made.module.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d) == last
+    pixels, latents = random_pixels(3, 5, 32, 48), torch.randn(48, 2, 2, 3)
+    torch.testing.assert_close(made.encode(pixels), vae().encode(pixels), atol=1e-4, rtol=0)
+    assert (made.decode(latents).int() - vae().decode(latents).int()).abs().max() <= 1
+
+
 def test_the_first_frame_does_not_see_the_next_ones():
     pixels = random_pixels(3, 5, 32, 32)
     torch.testing.assert_close(vae().encode(pixels)[:, :1], vae().encode(pixels[:, :1]), atol=1e-5, rtol=0)

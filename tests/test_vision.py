@@ -158,6 +158,17 @@ def test_a_given_attention_function_is_used():
     assert all(shape[1:] == (CONFIG.num_heads, shape[2], 16) for shape in seen)
 
 
+def test_all_blocks_share_what_is_read_from_the_borders(monkeypatch):
+    """Each reading has a device wait for the host; and nothing stays behind."""
+    read, vision, real = [], load(), vision_room.pairwise
+    monkeypatch.setattr(vision_room, "pairwise", lambda borders: read.append(borders) or real(borders))
+    for _ in range(2):
+        encode_vision(vision, patches_of((2, 10, 6)), (2, 10, 6))
+        assert not vision_room.SEGMENTS
+    assert len(vision.blocks) > 2
+    assert len(read) == 2 * 2  # windows, and frames
+
+
 def test_frames_of_a_clip_do_not_see_each_other():
     vision, patches = load(), patches_of((2, 8, 8))
     both = encode_vision(vision, patches, (2, 8, 8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +14,35 @@ from ..config import LanceConfig
 from ..types import AttentionFunction
 from .rope import Rope
 
+SCORES = 2**28  # that may be written out at once where attention is not fused: 1 GiB in float32
+
+
+@contextmanager
+def shapes_of_their_own() -> Iterator[None]:
+    """Where each call has another shape, attention goes without cuDNN.
+
+    torch prefers it on the newest cards, plans it for one exact shape (tens of milliseconds), and keeps every plan.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The default attention function: torch's own, without a mask."""
-    return F.scaled_dot_product_attention(q, k, v)
+    if surely_fused(q.device):
+        return F.scaled_dot_product_attention(q, k, v)
+    rows = max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(rows, dim=2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def surely_fused(device: torch.device) -> bool:
+    """Whether torch never writes all scores out; elsewhere that depends on card and release, and a clip's are 7e9."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, attention: AttentionFunction = sdpa) -> Tensor:

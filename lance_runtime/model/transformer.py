@@ -73,15 +73,17 @@ class DecoderLayer(nn.Module):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 layer_norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
                 self.add_module(f"{norm}{expert}", layer_norm)
+        # Or compiled ones: functions of a layer, since a bound method would keep it alive in a circle.
+        self.before, self.after = DecoderLayer.before_attention, DecoderLayer.after_attention
 
     def forward(self, hidden: Streams, rope: Streams, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Streams:
         projected, lengths = [], []
         for (expert, x), (_, table) in zip(hidden.experts, rope.experts, strict=True):
-            projected.append(self.before_attention(x, table, expert))
+            projected.append(self.before(self, x, table, expert))
             lengths.append(x.shape[1])
         q, k, v = projected[0] if len(projected) == 1 else (torch.cat(parts, dim=2) for parts in zip(*projected, strict=True))
         attended = [_plain_rows(part) for part in attend(q, k, v).split(lengths, dim=1)]
-        done = {expert: self.after_attention(x, a, expert) for (expert, x), a in zip(hidden.experts, attended, strict=True)}
+        done = {expert: self.after(self, x, a, expert) for (expert, x), a in zip(hidden.experts, attended, strict=True)}
         return Streams(done.get(UND), done.get(GEN))
 
     def before_attention(self, hidden: Tensor, rope: Rope, expert: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,6 +115,10 @@ class LanguageModel(nn.Module):
         self.model = Decoder(config, operations, **factory)
         self.lm_head = operations.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final states (..., D) -> logits (..., vocabulary)."""
+        return self.lm_head(self.model.norm(hidden))
+
 
 class Lance(nn.Module):
     """The whole network; its module tree is the checkpoint's.
@@ -131,6 +137,7 @@ class Lance(nn.Module):
         factory = {"dtype": dtype, "device": device}
         self.config, self.compiled = config, False
         self.language_model = LanguageModel(config, operations, **factory)
+        self.head = LanguageModel.logits  # or a compiled one
         self.time_embedder = TimestepEmbedder(config.hidden_size, operations, **factory)
         self.vae2llm = operations.Linear(config.latent_channels, config.hidden_size, bias=True, **factory)
         self.llm2vae = operations.Linear(config.hidden_size, config.latent_channels, bias=True, **factory)
@@ -170,12 +177,12 @@ class Lance(nn.Module):
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         setattr(torch._dynamo.config, limit, max(KINDS_OF_CALLS, getattr(torch._dynamo.config, limit)))
         self.compiled = True
-        parts = ("before_attention", "after_attention")
-        compiled = {name: torch.compile(getattr(DecoderLayer, name), fullgraph=True, **options) for name in parts}
-        for layer in self.language_model.model.layers:
-            for name, function in compiled.items():
-                setattr(layer, name, partial(function, layer))
-        self.language_model.lm_head.compile(fullgraph=True, **options)
+        compiled = partial(torch.compile, fullgraph=True, **options)
+        before, after = compiled(DecoderLayer.before_attention), compiled(DecoderLayer.after_attention)
+        for layer in self.modules():
+            if isinstance(layer, DecoderLayer):
+                layer.before, layer.after = before, after
+        self.head = compiled(LanguageModel.logits)
 
     def velocity(self, hidden: Tensor, grid: LatentShape) -> Tensor:
         """Generation expert's final states (B, tokens, D) -> velocity (B, C, T, H, W), from data to noise."""
@@ -184,4 +191,4 @@ class Lance(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Understanding expert's final states (..., D) -> logits (..., vocabulary)."""
-        return self.language_model.lm_head(self.language_model.model.norm(hidden))
+        return self.head(self.language_model, hidden)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import VisionConfig
 from ..types import AttentionFunction
@@ -17,6 +18,8 @@ ROPE_THETA = 10000.0
 # Tokens that pass the attention's inner part and the MLP at once. More do not make a pass faster, and a clip's 65 000
 # would take 2.9 GB of temporary values (6 s at 480p, bfloat16).
 TOKENS_AT_ONCE = 16384
+# By the borders that all blocks of one pass are given: see ``_segments``.
+SEGMENTS: Any = WeakTensorKeyDictionary()
 
 
 def build_vision(
@@ -123,7 +126,7 @@ class SegmentAttention(nn.Module):
         if position_embeddings is None:
             raise ValueError("the vision block passed no position_embeddings.\nUse transformers 4.50.3 or later.")
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(_attend(qkv, position_embeddings, cu_seqlens.tolist(), self.attention).flatten(1))
+        return self.proj(_attend(qkv, position_embeddings, _segments(cu_seqlens), self.attention).flatten(1))
 
 
 class PatchProjection(nn.Module):
@@ -160,17 +163,31 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos.float().unsqueeze(1) + turned * sin.float().unsqueeze(1)).to(x.dtype)
 
 
-def _attend(qkv: Tensor, rope: tuple[Tensor, Tensor], borders: list[int], attention: AttentionFunction) -> Tensor:
+def _segments(borders: Tensor) -> list[tuple[int, Tensor]]:
+    """The length and the tokens of segments of one length, some at a time; made once for all blocks with these borders.
+
+    A block's own look at the borders would have a device wait for the host.
+    """
+    if borders not in SEGMENTS:
+        starts: dict[int, list[int]] = {}
+        for start, end in pairwise(borders.tolist()):
+            starts.setdefault(end - start, []).append(start)
+        SEGMENTS[borders] = [
+            (length, (group.unsqueeze(1) + torch.arange(length)).flatten().to(borders.device))
+            for length, equal in starts.items()
+            for group in torch.tensor(equal).split(max(1, TOKENS_AT_ONCE // length))
+        ]
+    return SEGMENTS[borders]
+
+
+def _attend(
+    qkv: Tensor, rope: tuple[Tensor, Tensor], segments: list[tuple[int, Tensor]], attention: AttentionFunction
+) -> Tensor:
     """Attention within segments; qkv (L, 3, heads, head_dim) and rope's cosines and sines -> (L, heads, head_dim)."""
-    starts: dict[int, list[int]] = {}
-    for start, end in pairwise(borders):
-        starts.setdefault(end - start, []).append(start)
     out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
-    for length, equal in starts.items():
-        for group in torch.tensor(equal).split(max(1, TOKENS_AT_ONCE // length)):
-            rows = (group.unsqueeze(1) + torch.arange(length)).flatten().to(qkv.device)
-            (q, k, v), (cos, sin) = qkv[rows].unbind(1), (table[rows] for table in rope)
-            out[rows] = _attend_equal(_rotate(q, cos, sin), _rotate(k, cos, sin), v, length, attention)
+    for length, rows in segments:
+        (q, k, v), (cos, sin) = qkv[rows].unbind(1), (table[rows] for table in rope)
+        out[rows] = _attend_equal(_rotate(q, cos, sin), _rotate(k, cos, sin), v, length, attention)
     return out
 
 
