@@ -18,6 +18,8 @@ from .model.transformer import Streams
 from .prefill import prefill
 from .tokenizer import IM_END, LanceTokenizer
 
+ROOM = 1024  # tokens that the cache grows by: few answers are as long as they may be
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -110,9 +112,10 @@ def decode(
         raise ValueError(f"max_new_tokens {max_new_tokens} leaves nothing to write.\nUse 1 or more; the default is 256.")
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
-    cache.reserve(max_new_tokens)
     written: list[int] = []
     for step in range(max_new_tokens):
+        if step % ROOM == 0:
+            cache.reserve(min(ROOM, max_new_tokens - step))
         logits = engine.model.logits(last)[0, -1, :vocabulary].float()
         token = sampling.choose(logits, written, generator)
         if token == stop:

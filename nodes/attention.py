@@ -1,6 +1,7 @@
 """The attention backend that ComfyUI chose, as the runtime's attention function."""
 
-from comfy.ldm.modules.attention import optimized_attention
+import comfy.model_management
+from comfy.ldm.modules.attention import optimized_attention, optimized_attention_for_device
 from torch import Tensor
 
 from ..lance_runtime.types import AttentionFunction
@@ -11,6 +12,9 @@ def comfy_attention(options: dict) -> AttentionFunction:
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.shape[1]
-        return optimized_attention(q, k, v, heads, skip_reshape=True, skip_output_reshape=True, transformer_options=options)
+        # The choice was made for ComfyUI's own device; a CLIP that is sent to the CPU needs one that works there.
+        own = q.device.type == comfy.model_management.get_torch_device().type
+        backend = optimized_attention if own else optimized_attention_for_device(q.device)
+        return backend(q, k, v, heads, skip_reshape=True, skip_output_reshape=True, transformer_options=options)
 
     return attention

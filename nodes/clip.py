@@ -25,7 +25,7 @@ from .vit import VisionTower
 
 TOKENS = "lance"
 GENERATE_TEXT_FPS = 24.0
-WIDE_ROWS = 3  # rows of an MLP's width that exist at once for each token
+WIDE_ROWS = 4  # what a layer holds for each token, in rows of an MLP's width: 3.2, counted
 
 
 class LanceClipTokenizer:
@@ -128,7 +128,7 @@ class LanceTextModel(torch.nn.Module):
         """ComfyUI's Generate Text: an answer about the pictures, or a continuation of the text."""
         drawn = temperature if do_sample else 0.0
         sampling = Sampling(drawn, top_p, seed or 0, top_k, min_p, repetition_penalty, presence_penalty)
-        return list(self.answer(self._question(tokens), max_length, sampling))
+        return list(self.answer(self._question(tokens), max_length, sampling, self._loaded()))
 
     @torch.no_grad()
     def answer(
@@ -149,6 +149,12 @@ class LanceTextModel(torch.nn.Module):
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update(1)
             yield token
+
+    def _loaded(self) -> ModelPatcher | None:
+        """The patcher that was loaded last on the device that was chosen for this CLIP; ComfyUI does not say which."""
+        loaded = comfy.model_management.loaded_models()
+        found = (one for one in loaded if isinstance(one.model, type(self.owner)) and one.load_device == self.device)
+        return next(found, None)
 
     def _question(self, tokens: dict) -> Context:
         """The context of a question, or of bare text that brings its own template."""

@@ -92,5 +92,8 @@ class LanceNativeLoraLoader(io.ComfyNode):
         if lost:
             report += f" Without a place: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}"
             LOGGER.warning("[Lance] %s: %s", lora_name, report)
+        same = strength_model == strength_clip and model.patches_uuid == clip.patcher.patches_uuid
         model, clip = comfy.sd.load_lora_for_models(model, clip, found, strength_model, strength_clip)
+        if same:  # one set of weights: else ComfyUI moves all of them whenever the other side runs
+            clip.patcher.patches_uuid = model.patches_uuid
         return io.NodeOutput(model, clip, report)

@@ -45,6 +45,20 @@ class LanceDiffusion(Lance):
     ) -> None:
         super().__init__(lance_config, operations, dtype, device)
         self.dtype = dtype
+        if dtype is not None and dtype.itemsize == 1:
+            self._keep_the_rest(torch.bfloat16)
+
+    def _keep_the_rest(self, dtype: torch.dtype) -> None:
+        """Of 8-bit weights: biases, norms, tables, head and glue are small, and rounding them is what shows."""
+        matrices = {id(layer) for layer in self.language_model.model.layers.modules() if isinstance(layer, torch.nn.Linear)}
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(module) not in matrices or name != "weight":
+                    setattr(module, name, torch.nn.Parameter(parameter.to(dtype), requires_grad=False))
+            # Where ComfyUI allocates nothing before it loads (Windows), these say the type.
+            for name in ("weight", "bias"):
+                if hasattr(module, f"{name}_comfy_model_dtype") and (id(module) not in matrices or name != "weight"):
+                    setattr(module, f"{name}_comfy_model_dtype", dtype)
 
     def embed_text(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         # ComfyUI's embedding casts rows of an 8-bit table only when it is told the type.
@@ -176,6 +190,11 @@ class LanceModel(comfy.model_base.BaseModel):
         header = {**self.header, **({} if self.variant is None else {VARIANT_HEADER: self.variant})}
         return {**super().state_dict_for_saving(*parts, **more), HEADER_TENSOR: pack_header(header)}
 
+    def get_dtype_inference(self) -> torch.dtype:
+        # ``--force-fp16`` and Select Model Device do not ask what a model supports.
+        found = super().get_dtype_inference()
+        return torch.float32 if found == torch.float16 else found
+
     def process_timestep(self, timestep: Tensor, **kwargs: Any) -> Tensor:
         # The network sees sigma, whatever multiplier ModelSamplingSD3 or AuraFlow has put here.
         return timestep / self.model_sampling.multiplier
@@ -258,7 +277,7 @@ class LanceModelConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {}  # noqa: RUF012
     sampling_settings = {"shift": 3.5, "multiplier": 1000}  # noqa: RUF012
     latent_format = comfy.latent_formats.Wan22
-    # Derived, not measured: the widest point of a layer holds about 3 x (hidden + MLP) values a token.
+    # Counted, not measured: a step holds 71 KB a token in bfloat16 (tests/test_memory.py), which this takes for 82.
     memory_usage_factor = 4.0
     # float16 overflows in Qwen2.5's MLPs; cards without bfloat16 compute in float32.
     supported_inference_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
 import comfy.utils
 import torch
@@ -11,15 +12,19 @@ from torch import Tensor
 
 from ..lance_runtime.checkpoint import (
     MODEL_RULES,
+    QUANT_TENSOR,
     TensorFile,
     apply_rules,
     check_names,
     guess_variant,
     model_tensors,
+    pack_header,
+    unpack_header,
 )
 from ..lance_runtime.components import build_lance
 from ..lance_runtime.dequantize import plain_tensors
 from ..lance_runtime.files import HEADER_FILES, header_of, read_config
+from ..lance_runtime.quantized import FULL_PRECISION
 from ..lance_runtime.tokenizer import LanceTokenizer
 from .model import LanceModelConfig
 
@@ -30,6 +35,18 @@ WEIGHT_TYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+INT8_IN_PARTS = 7.5  # memory_usage_factor; 153 KB a token, counted
+LEAST_MEMORY = 0.1  # for weights: ComfyUI's own word for none
+
+
+class SharedPatcher(comfy.model_patcher.ModelPatcher):
+    """The patcher of MODEL or of CLIP, which share one module: weights follow to the device of the side that runs."""
+
+    def partially_load(self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
+        if self.model.model_loaded_weight_memory > 0 and self.model.device != device_to:
+            self.detach()  # ComfyUI would take what is loaded to be where it is wanted
+            extra_memory = max(extra_memory, LEAST_MEMORY)
+        return super().partially_load(device_to, extra_memory, force_patch_weights)
 
 
 def load_model(
@@ -45,7 +62,8 @@ def load_model(
     load_device = comfy.model_management.get_torch_device()
     _set_dtypes(config, state, load_device, WEIGHT_TYPES[weight_type])
     model = config.get_model(state)
-    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    dynamic = not disable_dynamic and comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher
+    patcher_class = comfy.model_patcher.CoreModelPatcher if dynamic else SharedPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
     model.header = {key: text for key, text in header_of(file).items() if key in HEADER_FILES}
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
@@ -68,7 +86,18 @@ def _state(file: TensorFile) -> dict[str, Tensor]:
     state = {name: state[stored] for name, stored in model_tensors(file).names.items()}
     state, _ = comfy.utils.convert_old_quants(state, "", metadata=metadata)
     # The header may name layers with the prefix that their tensors had.
-    return {apply_rules(name, MODEL_RULES): tensor for name, tensor in state.items()}
+    state = {apply_rules(name, MODEL_RULES): tensor for name, tensor in state.items()}
+    for name in [name for name in state if name.endswith(QUANT_TENSOR)]:
+        how = unpack_header(state[name])
+        # A file of others may not say it (see FULL_PRECISION), and a card that multiplies in fp8 would cut the inputs.
+        if how["format"].startswith("float8") and name.replace(QUANT_TENSOR, ".input_scale") not in state:
+            state[name] = pack_header({**FULL_PRECISION, **how})
+    return state
+
+
+def multiplies_in_parts() -> bool:
+    """Whether int8 layers write whole numbers out first: ComfyUI's compiled product needs CUDA 13."""
+    return torch.version.cuda is None or int(torch.version.cuda.split(".")[0]) < 13
 
 
 def _set_dtypes(config: LanceModelConfig, state: dict, device: torch.device, wanted: torch.dtype | None) -> None:
@@ -77,11 +106,17 @@ def _set_dtypes(config: LanceModelConfig, state: dict, device: torch.device, wan
     quantised = comfy.utils.detect_layer_quantization(state, "")
     if quantised:
         config.quant_config = quantised
+        formats = {unpack_header(tensor)["format"] for name, tensor in state.items() if name.endswith(QUANT_TENSOR)}
+        if multiplies_in_parts() and any(name.startswith("int8") for name in formats):
+            config.memory_usage_factor = INT8_IN_PARTS
         wanted = None if wanted is not None and wanted.itemsize == 1 else wanted  # the other layers are small on purpose
     weight_dtype = None if quantised else comfy.utils.weight_dtype(state)
     size = comfy.utils.calculate_parameters(state)
     dtype = wanted or comfy.model_management.unet_dtype(
         model_params=size, supported_dtypes=list(supported), weight_dtype=weight_dtype
     )
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype  # --fp16-unet does not ask what a model supports
+    if not quantised and dtype.itemsize == 1:
+        config.custom_operations = comfy.ops.manual_cast  # --fast would multiply in fp8, inputs cut at 448
     cast = comfy.model_management.unet_manual_cast(None if quantised else dtype, device, list(supported))
     config.set_inference_dtype(dtype, cast)

@@ -87,8 +87,8 @@ class VisionTower:
             device = comfy.model_management.text_encoder_offload_device()
             assign(vision, vit_tensors(file), self.dtype, device)
             restore_buffers(vision, device)
-            load_device = comfy.model_management.text_encoder_device()
-            self._patcher = WholePatcher(_Tower(vision), load_device, device)
+            # Where MODEL is, for whose device the type was chosen. ComfyUI's text encoders are on the CPU of a Mac, say.
+            self._patcher = WholePatcher(_Tower(vision), comfy.model_management.get_torch_device(), device)
         return self._patcher
 
     def _config_source(self, file: TensorFile) -> tuple[TensorFile | None, Path]:

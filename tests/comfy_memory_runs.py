@@ -21,6 +21,7 @@ from comfy.cli_args import args
 args.cpu = True
 
 import comfy.model_management as management
+import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
 import comfy.utils
@@ -289,6 +290,63 @@ def questions(nodes: Any) -> dict:
     elsewhere = graph.clip.clone()
     elsewhere.patcher = with_lora(fresh).patcher  # as after Select CLIP Device
     report["a copy's"] = ask(nodes, graph, "what", elsewhere) == changed
+    return report
+
+
+def devices(nodes: Any) -> dict:
+    """MODEL and CLIP on two devices (cpu:0 is one, cpu another): where the weights were when each side had run."""
+    graph, places = Graph(nodes), []
+    module = graph.model.model
+    drawn, answered = graph.draw(), ask(nodes, graph, "what")
+    elsewhere = graph.clip.clone()
+    elsewhere.patcher.load_device = torch.device("cpu:0")  # as Select CLIP Device leaves it
+    for _ in range(2):
+        same = ask(nodes, graph, "what", elsewhere) == answered
+        places.append([str(module.device), same])
+        same = torch.equal(graph.draw(), drawn)
+        places.append([str(module.device), same])
+    report = {"places": places, "patcher": type(graph.model).__name__}
+
+    def generated(clip: Any) -> list[int]:
+        return clip.generate(clip.tokenize("what", image=graph.picture), do_sample=False, max_length=6)
+
+    other = Graph(nodes)
+    changed = with_lora(other)
+    expected, own = generated(changed), generated(graph.clip)
+    changed.patcher.load_device = torch.device("cpu:0")
+    elsewhere.patcher = changed.patcher  # a copy on another device
+    return report | {"a copy's": generated(elsewhere) == expected, "its own": own != expected}
+
+
+def lora_on_both(nodes: Any) -> dict:
+    """How many weights are patched anew while a LoRA draws and answers in turn, at equal strengths and at others."""
+    import tempfile
+
+    from safetensors.torch import save_file
+
+    stem, report = "diffusion_model.language_model.model.layers.0.self_attn.q_proj", {}
+    patched, real = [], comfy.model_patcher.ModelPatcher.patch_weight_to_device
+
+    def patch(patcher: Any, key: str, *more: Any, **options: Any) -> Any:
+        patched.extend([key] * (key in patcher.patches))
+        return real(patcher, key, *more, **options)
+
+    comfy.model_patcher.ModelPatcher.patch_weight_to_device = patch
+    with tempfile.TemporaryDirectory() as folder:
+        generator = torch.Generator().manual_seed(1)
+        down, up = torch.randn(4, 128, generator=generator), torch.randn(128, 4, generator=generator)
+        save_file({f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}, Path(folder, "both.safetensors"))
+        folder_paths.add_model_folder_path("loras", folder)
+        for name, strength in (("equal", 1.0), ("apart", 0.5)):
+            graph = Graph(nodes)
+            model, clip, _ = nodes.LanceNativeLoraLoader.execute(
+                graph.model, graph.clip, "both.safetensors", 1.0, strength
+            ).result
+            patched.clear()
+            for _ in range(3):
+                graph.draw(model=model)
+                ask(nodes, graph, "what", clip)
+            report[name] = len(patched)
     return report
 
 

@@ -110,6 +110,61 @@ def patched(nodes: Any) -> dict:
     return report
 
 
+def types(nodes: Any) -> dict:
+    """Which types a network of 8-bit weights has, and what becomes of a wish for float16."""
+    load, report = importlib.import_module(f"{runs.PACK}.nodes.model_loading").load_model, {}
+    path = str(Path(sys.argv[3], "Decoded", "model.safetensors"))
+    tokenizer = runs.Graph(nodes, "Decoded/model.safetensors").model.model.tokenizer
+    network = load(path, tokenizer, "fp8_e4m3fn").model.diffusion_model
+    layers = network.language_model.model.layers
+    matrices = {id(layer.weight) for layer in layers.modules() if isinstance(layer, torch.nn.Linear)}
+    parameters = list(network.parameters())
+    report["matrices"] = sorted({str(p.dtype) for p in parameters if id(p) in matrices})
+    report["others"] = sorted({str(p.dtype) for p in parameters if id(p) not in matrices})
+    report["operations"] = type(layers[0].mlp.up_proj).__qualname__
+    runs.args.fp16_unet = True
+    model = load(path, tokenizer).model
+    report["float16 wished"] = str(model.get_dtype())
+    model.manual_cast_dtype = torch.float16  # as Select Model Device sets it
+    report["float16 set"] = str(model.get_dtype_inference())
+    return report
+
+
+def foreign(nodes: Any) -> dict:
+    """A file that does not say how its fp8 layers are multiplied, one of them with a scale for what comes in."""
+    room, checkpoint = importlib.import_module(f"{runs.PACK}.nodes.model_loading"), runtime("checkpoint")
+    from safetensors.torch import save_file
+
+    file = checkpoint.TensorFile(Path(sys.argv[3], "Lance_3B", "model.safetensors"))
+    tensors = {name: file[name] for name in file}
+    marks = [name for name in tensors if name.endswith(checkpoint.QUANT_TENSOR)]
+    for mark in marks:
+        how = checkpoint.unpack_header(tensors[mark])
+        tensors[mark] = checkpoint.pack_header({"format": how["format"]})
+    scaled = marks[0].replace(checkpoint.QUANT_TENSOR, ".input_scale")
+    tensors[scaled] = torch.tensor(2.0)
+    place = Path(sys.argv[3], "foreign.safetensors")
+    save_file(tensors, place, metadata=file.metadata)
+    state = room._state(checkpoint.TensorFile(place))
+    place.unlink()
+    said = {mark: checkpoint.unpack_header(state[mark]).get("full_precision_matrix_mult", False) for mark in marks}
+    return {"scaled": said.pop(marks[0]), "others": sorted(set(said.values())), "count": len(said)}
+
+
+def beside(nodes: Any) -> dict:
+    """Attention on the CPU beside a card: the backend that was chosen for the card must not be called."""
+    room = importlib.import_module(f"{runs.PACK}.nodes.attention")
+    q, k, v = (torch.randn(1, 2, length, 16) for length in (5, 9, 9))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    called, chosen = [], room.optimized_attention
+    room.optimized_attention = lambda *arguments, **options: called.append(1) or chosen(*arguments, **options)
+    attention, report = room.comfy_attention({}), {}
+    for name in ("cpu", "cuda"):
+        management.get_torch_device = lambda name=name: torch.device(name)
+        report[name] = [float((attention(q, k, v) - expected).abs().max()), len(called)]
+    return report
+
+
 if __name__ == "__main__":
     what, pack, tree = sys.argv[1:]
     for folder in runs.FOLDERS:

@@ -87,3 +87,18 @@ def test_further_questions_read_their_words_alone():
 
 def test_what_was_kept_of_questions_goes_with_the_model():
     assert report("questions_and_gone") == {"kept": 0, "models": 0}
+
+
+def test_weights_follow_to_the_device_of_the_side_that_runs():
+    found = report("devices")
+    assert found["patcher"] == "SharedPatcher"
+    assert found["places"] == [["cpu:0", True], ["cpu", True]] * 2
+    assert found["a copy's"]  # Generate Text, with Select CLIP Device
+    assert found["its own"]
+
+
+def test_a_lora_on_both_sides_is_patched_in_once():
+    """At unequal strengths ComfyUI has to take it out and put it in again for each side."""
+    found = report("lora_on_both")
+    assert found["equal"] == 1
+    assert found["apart"] == 2 * 3

@@ -117,6 +117,30 @@ def test_a_saved_model_is_the_same_file(server, trees, kind):
 # Relative differences of latents. With memory ComfyUI adds the LoRA and quantises anew, which is the format's own error;
 # without, it adds the LoRA to decoded weights in passing, which is exact. int8 rounds inputs as well.
 PATCHED = {"fp8": 0.03, "int8": 0.04, "nvfp4": 0.12, "mxfp8": 0.03}
+
+
+def test_8_bit_weights_are_those_of_the_layers_and_float16_is_never_taken(trees):
+    found = report("types", trees["fp8"], SCRIPT)
+    assert found["matrices"] == ["torch.float8_e4m3fn"]
+    assert found["others"] == ["torch.bfloat16"]
+    assert found["operations"] == "manual_cast.Linear"
+    assert found["float16 wished"] == "torch.bfloat16"
+    assert found["float16 set"] == "torch.float32"
+
+
+def test_fp8_layers_of_others_are_multiplied_in_full_precision(trees):
+    found = report("foreign", trees["fp8"], SCRIPT)
+    assert found["count"] > 10
+    assert found["others"] == [True]
+    assert not found["scaled"]  # its file knows how large what comes in may be
+
+
+def test_attention_beside_the_card_is_not_the_cards(trees):
+    found = report("beside", trees["fp8"], SCRIPT)
+    assert [calls for _, calls in found.values()] == [1, 1]
+    assert max(error for error, _ in found.values()) < 1e-5
+
+
 EXACT = {"fp8": 1e-5, "int8": 0.04, "nvfp4": 1e-5, "mxfp8": 1e-5}
 
 

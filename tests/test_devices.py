@@ -19,7 +19,7 @@ from lance_runtime.model.attention import sdpa, shapes_of_their_own
 HERE = Path(__file__).parent
 FILES = [*(HERE.parent / "lance_runtime").rglob("*.py"), *(HERE.parent / "nodes").rglob("*.py"), HERE.parent / "__init__.py"]
 # Functions that may ask what a maker's device can do.
-ASKERS = {"default_device", "default_dtype", "shapes_of_their_own", "surely_fused"}
+ASKERS = {"default_device", "default_dtype", "multiplies_in_parts", "shapes_of_their_own", "surely_fused"}
 MAKERS = {"cuda", "mps", "xpu", "hip", "npu"}
 LATENT_TOLERANCE = 1e-3  # that of the goldens: the device has no fused attention
 TASKS = {

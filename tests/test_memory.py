@@ -1,7 +1,9 @@
 """Offloading outside ComfyUI: the same numbers, and one part at a time on the device."""
 
 import gc
+import re
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import goldens
@@ -9,11 +11,21 @@ import pytest
 import tasks
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lance_runtime import LancePipeline, memory
+from lance_runtime.config import LanceConfig
+from lance_runtime.context import Context, Segment, VisionTokens, layout
+from lance_runtime.denoise import predict_velocity
+from lance_runtime.engine import Engine
 from lance_runtime.memory import LINKS_BEHIND, Copied, Passing, default_device, default_dtype
+from lance_runtime.model.transformer import Lance
+from lance_runtime.prefill import branch
+from lance_runtime.types import LatentShape
 
 KINDS = ("model", "layer")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(variant, offload):
@@ -180,6 +192,47 @@ def test_a_pipeline_that_nobody_wants_leaves_at_once(how):
         assert not [part() for part in left if part() is not None]
     finally:
         gc.enable()
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all new tensors that are alive, and the most there were, without allocating any (meta)."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = [tensor.untyped_storage() for tensor in known]
+        self.sizes, self.most = dict.fromkeys((storage._cdata for storage in self.known), 0), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in [leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]:
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.most = max(self.most, sum(self.sizes.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("grid", [LatentShape(1, 48, 48), LatentShape(31, 30, 53)])
+def test_a_step_holds_what_comfyui_is_told(grid, branches, dtype):
+    """At the real width; two layers hold as much as 36. ComfyUI's formula: model_base.py, ``memory_required``."""
+    config, device = LanceConfig(num_hidden_layers=2), torch.device("meta")
+    with device:
+        model = Lance(config, dtype=dtype).requires_grad_(False)
+    engine = Engine(model, dtype, device, attention=lambda q, k, v: torch.empty_like(q))
+    with torch.no_grad():
+        context = Context((Segment.text(range(100)),), VisionTokens(1, 2, 3))
+        prefixes = [branch(engine, layout(context, grid)) for _ in range(branches)]
+        latents = torch.empty(branches, 48, *grid, dtype=dtype, device=device)
+        times = torch.empty(branches, grid.frames, device=device)
+        kept = [x for one in prefixes for x in (*one.cache.layers, one.boundary, one.places, *one.rope.und, *one.rope.gen)]
+        with Live([*model.parameters(), *kept, latents, times]) as live:
+            predict_velocity(engine, latents, times, prefixes)
+    factor = float(re.search(r"memory_usage_factor = ([\d.]+)", (ROOT / "nodes" / "model.py").read_text("utf-8"))[1])
+    told = branches * grid.tokens * dtype.itemsize * 0.01 * factor * 2**20
+    places = sum(one.places.nbytes + 2 * one.rope.gen.cos.nbytes for one in prefixes)
+    assert 0.75 < (live.most + places) / told < 1
 
 
 def test_by_layer_the_whole_pipeline_computes_on_the_device_from_weights_beside_it():
