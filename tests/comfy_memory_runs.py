@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path.cwd()))
 
 from comfy.cli_args import args
 
-args.cpu = True
+args.cpu = '"cpu": false' not in sys.argv[1]  # of a cell that tests/benchmarks/footprint.py measures
 
 import comfy.model_management as management
 import comfy.model_patcher
@@ -55,9 +55,15 @@ def kept() -> int:
 class Graph:
     """The loader's three outputs, and short runs with them."""
 
-    def __init__(self, nodes: Any, model: str = "Lance_3B/model.safetensors", vae: str = "Wan2.2_VAE.pth") -> None:
+    def __init__(
+        self,
+        nodes: Any,
+        model: str = "Lance_3B/model.safetensors",
+        vae: str = "Wan2.2_VAE.pth",
+        weight_type: str = "float32",
+    ) -> None:
         self.nodes = nodes
-        loaded = nodes.LanceNativeLoader.execute(model, "auto", vae, "auto", "float32")
+        loaded = nodes.LanceNativeLoader.execute(model, "auto", vae, "auto", weight_type)
         self.model, self.clip, self.vae = loaded.result
         self.picture = torch.linspace(0, 1, 64 * 96 * 3).view(1, 64, 96, 3)
 

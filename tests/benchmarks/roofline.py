@@ -219,6 +219,13 @@ MEASURED: dict[str, tuple[str, dict[str, str]]] = {
             "warm_seconds": "warm, s", "warm_over_reading": "over reading", "peak_gb": "peak GB of the process",
         },
     ),
+    "footprint": (
+        "Every task in the real ComfyUI",
+        {
+            "task": "task", "format": "weights", "budget_gb": "budget, GB", "peak_gb": "peak GB", "steps": "steps",
+            "seconds": "seconds", "first_seconds": "the first time", "failed": "failed",
+        },
+    ),
     "step_against_reference": (
         "A guided step against the reference's own, in turns, the same weights",
         {
@@ -245,12 +252,15 @@ def measured() -> Iterator[str]:
 
 def where(line: dict[str, Any]) -> str:
     compiled = ", compiled" if line.get("compile") else ""
-    return f"{line['date']}, {line['machine']}, {line['dtype']}, {line['layers']} layers of width {line['hidden']}{compiled}"
+    sizes = f", {line['dtype']}, {line['layers']} layers of width {line['hidden']}" if "layers" in line else ""
+    return f"{line['date']}, {line['machine']}{sizes}{compiled}"
 
 
 def cell(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(map(cell, value))
+    if isinstance(value, str):
+        return value
     return short(value) if isinstance(value, (int, float)) else "-"
 
 
