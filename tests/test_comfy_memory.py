@@ -109,26 +109,10 @@ def test_a_lora_on_both_sides_is_patched_in_once():
 def test_every_task_can_be_measured(tmp_path):
     """The script that fills the table of memory and time, at a small size; it writes the quantised files itself."""
     tree = shutil.copytree(goldens.CHECKPOINT, tmp_path / "tree")
-    size = (
-        "--size",
-        "64",
-        "96",
-        "1",
-        "--steps",
-        "2",
-        "--formats",
-        "bfloat16",
-        "fp8",
-        "--tasks",
-        "t2i",
-        "image_edit",
-        "x2t_image",
-    )
+    size = ("--size", "64", "96", "1", "--steps", "2", "--tasks", "image_edit", "x2t_image", "--formats", "fp8")
     command = [sys.executable, ROOT / "tests" / "benchmarks" / "footprint.py", "--tree", tree, "--cpu", *size]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(line["task"], line["format"]) for line in lines] == [
-        (task, form) for task in ("t2i", "image_edit", "x2t_image") for form in ("bfloat16", "fp8")
-    ]
+    assert [(line["task"], line["format"]) for line in lines] == [("image_edit", "fp8"), ("x2t_image", "fp8")]
     assert not [line["failed"] for line in lines if "failed" in line]
     assert all(line["seconds"] > 0 and 0.1 < line["peak_gb"] < 10 for line in lines)
