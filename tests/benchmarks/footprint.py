@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--comfyui", type=Path, help="its folder (default: COMFYUI_PATH, or ~/comfy/ComfyUI)")
     add("--tree", type=Path, required=True, help="Lance_3B, Lance_3B_Video, Qwen2.5-VL-ViT and Wan2.2_VAE.pth")
-    add("--random", action="store_true", help="make the tree first (29 GB), with the tokenizer of the test's checkpoint")
+    add("--random", action="store_true", help="make the tree first (28 GB), with the tokenizer of the test's checkpoint")
     add("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
     add("--formats", nargs="+", default=[PUBLISHED, "fp8", "int8"])
     add("--budgets", nargs="+", type=float, default=[6, 8, 12, 16], metavar="GB", help="beside no budget at all")
