@@ -50,14 +50,13 @@ class LanceDiffusion(Lance):
 
     def _keep_the_rest(self, dtype: torch.dtype) -> None:
         """Of 8-bit weights: biases, norms, tables, head and glue are small, and rounding them is what shows."""
-        matrices = {id(layer) for layer in self.language_model.model.layers.modules() if isinstance(layer, torch.nn.Linear)}
+        layers = set(self.language_model.model.layers.modules())
         for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if id(module) not in matrices or name != "weight":
+            for name in ("bias",) if module in layers and isinstance(module, torch.nn.Linear) else ("weight", "bias"):
+                parameter = getattr(module, name, None)
+                if parameter is not None:
                     setattr(module, name, torch.nn.Parameter(parameter.to(dtype), requires_grad=False))
-            # Where ComfyUI allocates nothing before it loads (Windows), these say the type.
-            for name in ("weight", "bias"):
-                if hasattr(module, f"{name}_comfy_model_dtype") and (id(module) not in matrices or name != "weight"):
+                elif hasattr(module, f"{name}_comfy_model_dtype"):  # Windows: nothing is allocated before it is loaded
                     setattr(module, f"{name}_comfy_model_dtype", dtype)
 
     def embed_text(self, ids: Tensor, dtype: torch.dtype) -> Tensor:

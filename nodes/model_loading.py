@@ -35,7 +35,7 @@ WEIGHT_TYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-INT8_IN_PARTS = 7.5  # memory_usage_factor; 153 KB a token, counted
+INT8_IN_PARTS = 7.5  # memory_usage_factor, derived: products in int32 and float32 beside the two rows that a layer holds
 LEAST_MEMORY = 0.1  # for weights: ComfyUI's own word for none
 
 

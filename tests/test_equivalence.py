@@ -351,6 +351,17 @@ def test_streamed_tokens_are_the_calls_answer(image_pipe):
     assert tokens[2].text == image_pipe.components.tokenizer.decode(out.token_ids[:3])
 
 
+def test_an_answer_outgrows_its_room(image_pipe, monkeypatch):
+    """The cache grows while an answer is written, and says the same."""
+    arguments, capacities, real = tasks.arguments("x2t_image") | {"max_new_tokens": 7}, [], KVCache.reserve
+    expected = image_pipe(**arguments).token_ids
+    monkeypatch.setattr("lance_runtime.decode.ROOM", 3)
+    monkeypatch.setattr(KVCache, "reserve", lambda cache, tokens: capacities.append(tokens) or real(cache, tokens))
+    assert len(expected) == 7
+    assert image_pipe(**arguments).token_ids == expected
+    assert capacities[-3:] == [3, 3, 1]
+
+
 def test_progress_counts_to_the_total(image_pipe):
     seen = []
     image_pipe(**tasks.arguments("t2i") | {"steps": 3}, progress=lambda done, total: seen.append((done, total)))

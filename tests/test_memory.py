@@ -10,9 +10,8 @@ import goldens
 import pytest
 import tasks
 import torch
+from alive import Alive
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lance_runtime import LancePipeline, memory
 from lance_runtime.config import LanceConfig
@@ -194,24 +193,6 @@ def test_a_pipeline_that_nobody_wants_leaves_at_once(how):
         gc.enable()
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of all new tensors that are alive, and the most there were, without allocating any (meta)."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known = [tensor.untyped_storage() for tensor in known]
-        self.sizes, self.most = dict.fromkeys((storage._cdata for storage in self.known), 0), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for storage in [leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]:
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.most = max(self.most, sum(self.sizes.values()))
-        return out
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("grid", [LatentShape(1, 48, 48), LatentShape(31, 30, 53)])
@@ -226,13 +207,12 @@ def test_a_step_holds_what_comfyui_is_told(grid, branches, dtype):
         prefixes = [branch(engine, layout(context, grid)) for _ in range(branches)]
         latents = torch.empty(branches, 48, *grid, dtype=dtype, device=device)
         times = torch.empty(branches, grid.frames, device=device)
-        kept = [x for one in prefixes for x in (*one.cache.layers, one.boundary, one.places, *one.rope.und, *one.rope.gen)]
-        with Live([*model.parameters(), *kept, latents, times]) as live:
+        with Alive() as alive:
             predict_velocity(engine, latents, times, prefixes)
     factor = float(re.search(r"memory_usage_factor = ([\d.]+)", (ROOT / "nodes" / "model.py").read_text("utf-8"))[1])
     told = branches * grid.tokens * dtype.itemsize * 0.01 * factor * 2**20
     places = sum(one.places.nbytes + 2 * one.rope.gen.cos.nbytes for one in prefixes)
-    assert 0.75 < (live.most + places) / told < 1
+    assert 0.75 < (alive.most + places) / told < 1
 
 
 def test_by_layer_the_whole_pipeline_computes_on_the_device_from_weights_beside_it():

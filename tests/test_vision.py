@@ -2,7 +2,6 @@
 
 import json
 import sys
-import weakref
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from alive import Alive
 from goldens import CASES, PARITY, sources
 
 from lance_runtime.config import VisionConfig
@@ -103,26 +103,6 @@ def test_groups_of_tokens_change_nothing(monkeypatch, tokens):
     whole = encode_vision(load(), patches, grid)
     monkeypatch.setattr(vision_room, "TOKENS_AT_ONCE", tokens)
     torch.testing.assert_close(encode_vision(load(), patches, grid), whole, atol=1e-5, rtol=0)
-
-
-class Alive(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.most = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                store = leaf.untyped_storage()
-                if store.data_ptr() not in self.sizes and store.data_ptr() not in before:
-                    self.sizes[store.data_ptr()] = store.nbytes()
-                    weakref.finalize(store, self.sizes.pop, store.data_ptr(), None)
-        self.most = max(self.most, sum(self.sizes.values()))
-        return out
 
 
 def test_a_clip_of_six_seconds_takes_less_than_two_gigabytes(monkeypatch):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from loading import bench_loading  # noqa: E402
+from loading import bench_loading, process_peak_bytes  # noqa: E402
 
 from lance_runtime.config import LanceConfig  # noqa: E402
 from lance_runtime.context import Context, Segment, VisionTokens, layout  # noqa: E402
@@ -128,9 +128,7 @@ class Bench:
         """The accelerator's peak, or the process's."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        import resource  # not on Windows
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return process_peak_bytes()
 
     def _wait(self) -> None:
         if self.device.type != "cpu":

@@ -5,7 +5,8 @@
 --tree is laid out as on the hub (``python -m lance_runtime download``); with --random it is made first, of the real size
 and with random weights, which take the same memory and time. Files in fp8, int8, ... are written by ``quantize`` beside the
 published ones. A budget is imposed twice: ComfyUI is told to leave the rest of the card alone (--reserve-vram), and torch
-is forbidden to take more.
+is forbidden to take more. Models are loaded by ComfyUI's plain memory management: the dynamic one belongs to its server.
+Nothing of this has run on a card yet.
 
 ``peak_gb`` is the most that torch had taken from the card; without one, the most that the process held.
 """
@@ -80,8 +81,7 @@ def random_tree(tree: Path) -> None:
 
     for name in ("Lance_3B", "Lance_3B_Video"):
         shutil.copytree(goldens.CHECKPOINT / name, tree / name, ignore=shutil.ignore_patterns("model.safetensors"))
-        config = tree / name / "llm_config.json"
-        config.unlink()  # that of the small one; the published sizes are the default
+        (tree / name / "llm_config.json").unlink()  # the small one's; without it the shapes say the sizes
         write_checkpoint(tree / name / "model.safetensors", build_lance(LanceConfig()))
     shutil.copytree(goldens.CHECKPOINT / "Qwen2.5-VL-ViT", tree / "Qwen2.5-VL-ViT", ignore=shutil.ignore_patterns("*"))
     write_checkpoint(tree / "Qwen2.5-VL-ViT" / "vit.safetensors", build_vision(VisionConfig()))
@@ -154,9 +154,9 @@ def run_cell(cell: dict[str, Any], pack: str, tree: str) -> dict[str, Any]:
     seconds = {"first_seconds": first - start, "seconds": time.perf_counter() - first}
     if card:
         return {**seconds, "peak_gb": torch.cuda.max_memory_reserved() / GIGA, "device": "cuda"}
-    import resource
+    from loading import process_peak_bytes
 
-    return {**seconds, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIGA, "device": "cpu"}
+    return {**seconds, "peak_gb": process_peak_bytes() / GIGA, "device": "cpu"}
 
 
 def work(graph: Any, nodes: Any, runs: Any, cell: dict[str, Any]) -> Callable[[int], object]:

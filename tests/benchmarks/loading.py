@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,12 @@ def write_checkpoint(path: Path, model: Lance) -> None:
             stream.write(values.view(torch.int16).numpy().data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def process_peak_bytes() -> int:
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget(path: Path) -> None:
