@@ -13,7 +13,7 @@ from torch import nn
 
 from lance_runtime.config import LanceConfig, VisionConfig
 from lance_runtime.model.transformer import Lance
-from lance_runtime.model.vision import build_vision
+from lance_runtime.model.vision import PatchProjection, build_vision
 from lance_runtime.prompts import TASKS as ALL_TASKS
 from lance_runtime.prompts import caption_sentences, system_sentence
 from lance_runtime.tokenizer import QWEN_ADDED_TOKENS
@@ -106,7 +106,7 @@ def make_vision() -> Any:
             nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv3d):
+        elif isinstance(module, PatchProjection):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     for name, parameter in vision.named_parameters():
         if "norm" in name or "ln_q" in name:
