@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import nn
+
+
+def share_gradients(parameters: list[nn.Parameter]) -> None:
+    """The sum over the processes, in one vector; nothing where there is only one."""
+    if not torch.distributed.is_initialized():
+        return
+    joined = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])
+    torch.distributed.all_reduce(joined)
+    for parameter, part in zip(parameters, joined.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def join_processes() -> int:
+    """The number of this process among those that torchrun started; 0 where there is only one."""
+    if "RANK" not in os.environ:
+        return 0
+    torch.distributed.init_process_group("gloo")
+    return torch.distributed.get_rank()
 
 
 def schedule(step: int, total: int) -> float:

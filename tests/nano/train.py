@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import random
 import sys
 import time
@@ -38,7 +37,7 @@ from lance_runtime.tokenizer import LanceTokenizer  # noqa: E402
 from lance_runtime.types import LatentShape, Modality  # noqa: E402
 from nano import vae as vae_training  # noqa: E402
 from nano.batches import Batch, Pool, Sequencer  # noqa: E402
-from nano.learning import Learner  # noqa: E402
+from nano.learning import Learner, join_processes, share_gradients  # noqa: E402
 from nano.parts import CONFIG, make_lance, make_tokenizer, make_vision  # noqa: E402
 from nano.world import draw_clip, draw_scene, render, render_clip  # noqa: E402
 
@@ -250,7 +249,7 @@ class Trainer:
     def one(self, batch: Batch, task: str) -> float:
         loss = loss_of(self.lance, self.vision, batch, self.generator)
         (loss * (ANSWER_WEIGHT if batch.answer else 1.0)).backward()
-        self._share_gradients()
+        share_gradients(self.learner.parameters)
         self.learner.update(self.step)
         kept = min(AVERAGED, self.step / (self.step + 10))
         with torch.no_grad():
@@ -266,16 +265,6 @@ class Trainer:
         torch.distributed.all_reduce(found)
         return bool(found > 0)
 
-    def _share_gradients(self) -> None:
-        """The sum over the processes, in one vector."""
-        if self.rank is None:
-            return
-        parameters = self.learner.parameters
-        joined = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters])
-        torch.distributed.all_reduce(joined)
-        for parameter, part in zip(parameters, joined.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -287,8 +276,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo")
+    join_processes()
     Trainer(arguments.work, arguments.steps, arguments.rate, arguments.seed).run(arguments.minutes)
 
 

@@ -2,6 +2,7 @@
 
 python tests/nano/vae.py --work DIR --steps 12000            # encoder and decoder
 python tests/nano/vae.py --work DIR --steps 9000 --decoder   # the decoder alone, on the frozen encoder
+torchrun --nproc-per-node 2 tests/nano/vae.py ...            # two processes, twice the examples a step
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nano.learning import schedule
+from nano.learning import join_processes, schedule, share_gradients
 from nano.world import Scene, draw_clip, draw_scene, render, render_clip
 
 WIDTHS = (8, 12)  # encoder and decoder: 3.5 MB in bfloat16
 CHANNELS = 48
 BATCH, CLIPS = 8, 1  # of pictures, and of clips
-CLIP_SHARE = {"both": 0.25, "decoder": 0.5}  # pictures are learned first, and stay easy
+CLIP_SHARE = {"both": 0.25, "decoder": 0.8}  # pictures are learned first, and stay easy
 LATENT_NOISE = 0.05  # what the decoder must forgive, in units of a latent's deviation
 SAVE_EVERY = 500
+APART = 10**9  # between the seeds of processes
 
 
 def build(widths: tuple[int, int] = WIDTHS) -> Any:
@@ -130,17 +132,18 @@ def pull(latents: Tensor) -> Tensor:
 class Trainer:
     """Seeded, resumable training; every state lies in ``work``."""
 
-    def __init__(self, work: Path, decoder_only: bool, rate: float, total: int, seed: int) -> None:
-        self.work, self.decoder_only, self.rate, self.total = work, decoder_only, rate, total
-        self.vae, self.rng, self.step, self.spent = build(), random.Random(seed), 0, 0.0
+    def __init__(self, work: Path, decoder_only: bool, rate: float, total: int, seed: int, rank: int = 0) -> None:
         torch.manual_seed(seed)
+        self.rank, self.work, self.decoder_only, self.rate, self.total = rank, work, decoder_only, rate, total
+        self.vae, self.rng, self.step, self.spent = build(), random.Random(seed + APART * rank), 0, 0.0
+        torch.manual_seed(seed + APART * rank)
         self.stage = "decoder" if decoder_only else "both"
         if decoder_only:
             self.vae.load_state_dict(torch.load(work / "vae_both.pt", weights_only=True)["vae"])
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
-        trained = [p for p in self.vae.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=1e-4)
+        self.trained = [p for p in self.vae.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, betas=(0.9, 0.98), weight_decay=1e-4)
         self._resume()
 
     def _resume(self) -> None:
@@ -150,15 +153,17 @@ class Trainer:
             self.vae.load_state_dict(state["vae"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.spent = state["step"], state["spent"]
-            self.rng.seed(self.step)
+            self.rng.seed(self.step + APART * self.rank)
 
     def save(self) -> None:
+        if self.rank:
+            return
         state = {"vae": self.vae.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "spent": self.spent}
         torch.save(state, self.work / f"vae_{self.stage}.new")
         (self.work / f"vae_{self.stage}.new").replace(self.work / f"vae_{self.stage}.pt")
 
     def run(self) -> None:
-        log = (self.work / f"vae_{self.stage}.jsonl").open("a", encoding="utf-8")
+        log = (self.work / f"vae_{self.stage}{self.rank or ''}.jsonl").open("a", encoding="utf-8")
         begun, losses, errors = time.perf_counter() - self.spent, [], []
         while self.step < self.total:
             early = self.stage == "both" and self.step < 0.2 * self.total
@@ -189,7 +194,8 @@ class Trainer:
             group["lr"] = self.rate * schedule(self.step, self.total)
         self.optimizer.zero_grad()
         total.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in self.vae.parameters() if p.grad is not None], 1.0)
+        share_gradients(self.trained)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         return float(loss), float((drawn.detach().clamp(-1, 1) - pixels).square().mean())
 
@@ -205,7 +211,8 @@ def main() -> None:
     torch.set_num_threads(1)
     quicken()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    Trainer(arguments.work, arguments.decoder, arguments.rate, arguments.steps, arguments.seed).run()
+    rank = join_processes()
+    Trainer(arguments.work, arguments.decoder, arguments.rate, arguments.steps, arguments.seed, rank).run()
 
 
 if __name__ == "__main__":
