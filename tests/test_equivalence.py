@@ -533,7 +533,8 @@ def test_attached_tokens_leave_the_cache_as_it_was():
     assert torch.equal(seen_k, torch.cat([k.expand(3, -1, -1, -1), more_k], dim=2))
     assert torch.equal(seen_v, torch.cat([v.expand(3, -1, -1, -1), more_v], dim=2))
     assert cache.length == 3
-    assert all(torch.equal(*pair) for pair in zip(before, cache.layers, strict=True))
+    # Free places hold whatever lay in the memory, which may be NaN.
+    torch.testing.assert_close(cache.layers, before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_reserve_makes_room_and_keeps_the_tokens():
