@@ -90,5 +90,8 @@ def test_the_floor_is_what_the_runtime_multiplies(monkeypatch):
     written = (ROOT / "tests" / "benchmarks" / "ROOFLINE.md").read_text("utf-8")
     for section in roofline.counted():
         assert "\n".join(section).strip() in written
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for name, *numbers, _int8, nvfp4, _mxfp8 in (row.strip("| ").split(" | ") for row in roofline.memory()):
+        assert name.startswith("---") or f"| {' | '.join((name, *numbers, nvfp4))} |" in readme
     a_layer = 2048 * (2048 + 2048 + 2 * 256) + 3 * 2048 * 11008
     assert roofline.step(roofline.WORKS[0]).counted.linear == pytest.approx(2 * 2 * (2304 + 2) * 36 * a_layer, rel=1e-3)

@@ -20,17 +20,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from alive import Alive
 from bench import Counted, count, make_context
 
 from lance_runtime.components import build_lance
 from lance_runtime.config import LanceConfig
 from lance_runtime.context import Context, layout
 from lance_runtime.decode import next_states
-from lance_runtime.denoise import flow_sigmas, predict_velocity
+from lance_runtime.denoise import Branches, denoise, flow_sigmas, predict_velocity
 from lance_runtime.engine import Engine
 from lance_runtime.guidance import Guidance
 from lance_runtime.kv_cache import KVCache
-from lance_runtime.prefill import branch, prefill
+from lance_runtime.prefill import Branch, branch, prefill
 from lance_runtime.quantize import Plan
 from lance_runtime.quantized import FORMATS
 from lance_runtime.types import Modality, PixelShape
@@ -65,9 +70,14 @@ WORKS = (
 CARDS = {"30 TFLOP/s, 300 GB/s": (30, 300), "100 TFLOP/s, 700 GB/s": (100, 700), "800 TFLOP/s, 4000 GB/s": (800, 4000)}
 
 
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention that writes its result and no scores."""
+    return torch.empty_like(q)
+
+
 @cache
 def engine() -> Engine:
-    return Engine(build_lance(LanceConfig()).to(torch.bfloat16), torch.bfloat16, META)
+    return Engine(build_lance(LanceConfig()).to(torch.bfloat16), torch.bfloat16, META, fused)
 
 
 @cache
@@ -77,9 +87,14 @@ def weight_bytes(kind: str) -> dict[str, int]:
     sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
     if kind != "bfloat16":
         for name in Plan(kind).chosen(shapes):
-            parts = FORMATS[kind].encode(torch.empty(shapes[name], device=META))  # type: ignore[misc]
-            sizes[name] = sum(part.nbytes for part in parts.values())
+            sizes[name] = encoded_bytes(kind, shapes[name])
     return sizes
+
+
+@cache
+def encoded_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    parts = FORMATS[kind].encode(torch.empty(shape, device=META))  # type: ignore[misc]
+    return sum(part.nbytes for part in parts.values())
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,21 @@ def guided(steps: int = 30) -> int:
     return sum(Guidance(scale=4.0).acts_at(sigma) for sigma in flow_sigmas(steps)[:-1])
 
 
+@cache
+def held(work: Work) -> int:
+    """The most bytes beside the weights while the contexts are read and a guided step is taken."""
+    host, grid = engine(), work.pixels.latent()
+
+    def unprompted() -> Branch:
+        return branch(host, layout(work.context.without(Modality.PROMPT), grid))
+
+    branches = Branches(lambda: branch(host, layout(work.context, grid)), unprompted, unprompted)
+    noise = torch.empty(1, host.model.config.latent_channels, *grid, device=META)
+    with torch.no_grad(), Alive() as alive:
+        next(denoise(host, noise, flow_sigmas(30), branches, Guidance(scale=4.0)))
+    return alive.most
+
+
 def table(*rows: list[str]) -> Iterator[str]:
     yield "| " + " | ".join(rows[0]) + " |"
     yield "| --- |" + " ---: |" * (len(rows[0]) - 1)
@@ -169,6 +199,12 @@ def counts() -> Iterator[str]:
     rows = [[name, *(short(one.read(kind) / GIGA - one.cached / GIGA) for kind in kinds)] for name, one in passes.items()]
     rows.append(["the whole file", *(short(sum(weight_bytes(kind).values()) / GIGA) for kind in kinds)])
     yield from table(head, *rows)
+
+
+def memory() -> Iterator[str]:
+    weights = {kind: sum(weight_bytes(kind).values()) for kind in ("bfloat16", *FORMATS)}
+    rows = [[work.name, *(short((held(work) + size) / GIGA) for size in (0, *weights.values()))] for work in WORKS]
+    yield from table(["GB", "beside the weights", *(f"with them, {kind}" for kind in weights)], *rows)
 
 
 def floors() -> Iterator[str]:
@@ -268,6 +304,7 @@ def counted() -> list[list[str]]:
     """The sections that need no measurement."""
     return [
         ["## What there is to do", "", *counts(), "", COUNTS],
+        ["## What it holds", "", *memory(), "", MEMORY],
         ["## The least time", "", FLOORS.format(guided=guided()), "", *floors()],
     ]
 
@@ -281,13 +318,18 @@ def text() -> str:
     return "\n\n".join("\n".join(section).strip() for section in sections) + "\n"
 
 
-HEAD = """Written by `python tests/benchmarks/roofline.py --write`. The first two sections are counted, not measured: the
+HEAD = """Written by `python tests/benchmarks/roofline.py --write`. The first three sections are counted, not measured: the
 network of the real size (6.19 billion weights) runs on the meta device, where every linear layer and every attention tells
-its shape. The third holds what `bench.py --record` and `reference.py` measured."""
+its shape. The last holds what `bench.py --record` and `reference.py` measured."""
 COUNTS = """A step with guidance is two branches in one pass over the weights (one after the other for clips, whose activations
 cost more than a second pass). It reads both experts: the generation expert multiplies the target's tokens, the understanding
 expert the two vision tokens around them. Quantised files keep the first and the last layer, embeddings, head, norms and glue
 in bfloat16."""
+MEMORY = """The network alone, while it reads the contexts and takes a guided step: what tensors hold, where attention writes
+no scores. The allocator's rounding comes on top, and for quantised files one layer's weights in bfloat16 (45 MB). The vision
+tower (1.34 GB) and the VAE work before or after it, and can leave the card for it. Nor need all weights lie there: ComfyUI
+passes those that do not fit through the card, as `offload="layer"` does outside, so what a card cannot do without is the
+first column and some layers."""
 FLOORS = """A pass cannot take less than its operations at the card's rate, nor less than its weights, keys and values at the
 card's bandwidth. Pictures and clips are bound by operations, answers by bandwidth. int8 files multiply in int8, here at twice
 the bfloat16 rate; fp8, nvfp4 and mxfp8 files are small in memory and multiply in bfloat16. The cards are round numbers around
