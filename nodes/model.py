@@ -144,7 +144,7 @@ class Prefix:
                 self._branches.clear()  # other weights are in place
             sequence = self.recipe.layout(self.tokenizer, grid)
             others = [other._branches[key] for other in beside if key in other._branches]
-            self._branches[key] = branch(with_prefill_progress(engine, sequence), sequence, others)
+            self._branches[key] = branch(with_prefill_progress(engine, sequence, others), sequence, others)
         return self._branches[key]
 
     def clear(self) -> None:

@@ -6,7 +6,7 @@ import goldens
 import pytest
 from comfy_results import difference, saved_latents
 from graphs import loader, node, text_to_image
-from workflow_nodes import ask, sampler
+from workflow_nodes import ask, edit, sampler
 
 pytestmark = pytest.mark.comfy
 CAT = "the cat in the dark forest"
@@ -98,6 +98,26 @@ def test_previews_and_progress_while_sampling(ours, server):
     assert counted.index((3, 3)) < counted.index(steps[0])
     kinds = [event["type"] for event in result.events]
     assert kinds.index("preview") < max(i for i, event in enumerate(result.events) if event["type"] == "progress")
+
+
+def test_what_a_second_branch_takes_over_is_not_counted(server):
+    """Both branches of guidance see the picture, which is read once: each bar goes on to its own end."""
+    graph = {"load": loader(), "picture": node("LoadImage", image="wide.png"), "change": edit(image_0=["picture", 0])}
+    graph["sample"] = sampler("make it night", ["change", 1], ["change", 0], steps=2)
+    graph |= {
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["load", 2]),
+        "show": node("PreviewImage", images=["decode", 0]),
+    }
+    result = server.run(graph)
+    bars = []
+    for event in (event for event in result.of_type("progress") if event["node"] == "sample"):
+        if event["value"] == 1:
+            bars.append([])
+        bars[-1].append((event["value"], event["max"]))
+    assert [bar[-1][0] for bar in bars] == [bar[-1][1] for bar in bars]
+    first, second, steps = (bar[-1][1] for bar in bars)
+    assert first > second > 0
+    assert steps == 2
 
 
 def question(**settings):
