@@ -145,10 +145,10 @@ def _x2t_video(rng: random.Random, held_out: bool, count: int | None, kind: str)
     return Example("x2t_video", text, answer, (clip,), kind)
 
 
-# Of edits and of questions, equally often but for the edit that has a gate.
+# Of edits and of questions, equally often but for the edit that has a gate, and captions, which are learned last.
 KINDS = {
     "image_edit": (*EDITS, "colour"),
-    "x2t_image": (*QUESTIONS, "caption"),
+    "x2t_image": (*QUESTIONS, *["caption"] * 10),
     "x2t_video": ("motion", "motion", "caption"),
 }
 DRAWN = {

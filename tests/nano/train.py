@@ -44,8 +44,8 @@ from nano.world import draw_clip, draw_scene, render, render_clip  # noqa: E402
 # How often a task is drawn, and how many examples of it at once: about 0.4 s of one core each, so that two processes
 # that draw tasks of their own wait little for each other.
 SHARES = {
-    "t2i": 0.5, "image_edit": 0.2, "x2t_image": 0.04, "t2v": 0.08, "i2v": 0.05, "subject_image": 0.04,
-    "video_edit": 0.04, "subject_video": 0.03, "x2t_video": 0.02,
+    "t2i": 0.24, "image_edit": 0.16, "x2t_image": 0.3, "t2v": 0.1, "i2v": 0.05, "subject_image": 0.04,
+    "video_edit": 0.05, "subject_video": 0.04, "x2t_video": 0.02,
 }  # fmt: skip
 BATCH = {
     "t2i": 32, "image_edit": 16, "x2t_image": 36, "t2v": 12, "i2v": 12, "subject_image": 20,

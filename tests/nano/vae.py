@@ -98,7 +98,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 def to_pixels(frames: np.ndarray) -> Tensor:
     """uint8 (..., T, H, W, 3) -> float (..., 3, T, H, W) in [-1, 1]."""
-    return torch.from_numpy(frames).float().div_(127.5).sub_(1).movedim(-1, -4).contiguous()
+    return torch.tensor(frames).float().div_(127.5).sub_(1).movedim(-1, -4).contiguous()
 
 
 def draw_batch(rng: random.Random, clips: bool) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ class Trainer:
         share_gradients(self.trained)
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
-        return float(loss), float((drawn.detach().clamp(-1, 1) - pixels).square().mean())
+        return float(loss.detach()), float((drawn.detach().clamp(-1, 1) - pixels).square().mean())
 
 
 def main() -> None:
