@@ -33,8 +33,9 @@ def place(grid: tuple[int, int, int], hidden: int) -> Tensor:
     third = hidden // 3 // 2 * 2
     widths = (third, third, hidden - 2 * third)
     rows = []
-    for index in torch.cartesian_prod(*(torch.arange(size) for size in grid)).tolist():
-        row = []
+    for t, h, w in torch.cartesian_prod(*(torch.arange(size) for size in grid)).tolist():
+        number = t * 64 * 64 + h * 64 + w  # in the reference's table
+        index, row = (number // (64 * 64), number % (64 * 64) // 64, number % 64), []
         for position, width in zip(index, widths, strict=True):
             angles = [position * 10000 ** (-i / (width // 2)) for i in range(width // 2)]
             row += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]

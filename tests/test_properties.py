@@ -277,10 +277,16 @@ def test_latent_places_follow_the_formula(grid, hidden):
     torch.testing.assert_close(found, full_pass.place(grid, hidden), atol=1e-5, rtol=0)
 
 
+def test_columns_beyond_the_references_table_are_the_next_rows():
+    """A picture of 21:9 has 72 columns; the reference numbers the cells of a frame in rows of 64."""
+    found = latent_position_embedding(LatentShape(1, 31, 72), 128, CPU).unflatten(0, (31, 72))
+    assert torch.equal(found[:-1, 64:], found[1:, :8])
+    square = latent_position_embedding(LatentShape(1, 31, 64), 128, CPU).unflatten(0, (31, 64))
+    assert torch.equal(found[:, :64], square)
+
+
 def test_latent_places_have_no_last_frame():
     long = latent_position_embedding(LatentShape(90, 2, 3), 64, CPU)
     torch.testing.assert_close(long, full_pass.place((90, 2, 3), 64), atol=1e-4, rtol=0)
     rows = long.unflatten(0, (90, 6))[:, 0]
     assert len(rows.unique(dim=0)) == 90
-    part = latent_position_embedding(LatentShape(2, 2, 3), 64, CPU, first_frame=60)
-    assert torch.equal(part, long[60 * 6 : 62 * 6])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..types import LatentShape
 
 MAX_PERIOD = 10000.0
+TABLE_SIDE = 64  # rows and columns of a frame in the reference's table (max_latent_size)
 
 
 def _frequencies(count: int, device: torch.device) -> Tensor:
@@ -36,21 +37,24 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
-def latent_position_embedding(grid: LatentShape, hidden_size: int, device: torch.device, first_frame: int = 0) -> Tensor:
+def latent_position_embedding(grid: LatentShape, hidden_size: int, device: torch.device) -> Tensor:
     """The fixed sin-cos table (tokens, D) of a latent grid, in float32.
 
     The hidden size is cut in three (time, rows, columns), each part sines then cosines of the integer index. Computed
     for any grid; the tables that checkpoints carry are of different sizes and are left alone, as the reference does.
-    first_frame: index of the grid's first frame in a longer clip.
+
+    The reference numbers the cells of a frame in rows of 64 (data/data_utils.py). So, beyond 1024 pixels of width, column
+    64 + k of a row has the embedding of column k of the next one: Lance was trained so on its widest pictures (21:9).
     """
+    frames, rows, columns = (torch.arange(size, device=device) for size in grid)
+    cells = ((frames[:, None, None] * TABLE_SIDE + rows[:, None]) * TABLE_SIDE + columns).flatten()
     part = hidden_size // 3 // 2 * 2
-    widths = (part, part, hidden_size - 2 * part)
     tables = []
-    for axis, (size, width) in enumerate(zip(grid, widths, strict=True)):
-        index = torch.arange(size, dtype=torch.float32, device=device) + (first_frame if axis == 0 else 0)
+    for index, width in (
+        (cells // TABLE_SIDE**2, part),
+        (cells // TABLE_SIDE % TABLE_SIDE, part),
+        (cells % TABLE_SIDE, hidden_size - 2 * part),
+    ):
         angles = index[:, None] * _frequencies(width // 2, device)
-        table = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        shape = [1, 1, 1, width]
-        shape[axis] = size
-        tables.append(table.reshape(shape).expand(*grid, width))
-    return torch.cat(tables, dim=-1).flatten(0, 2)
+        tables += [angles.sin(), angles.cos()]
+    return torch.cat(tables, dim=-1)
