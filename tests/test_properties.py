@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl, modeling_qw
 from lance_runtime.config import LanceConfig
 from lance_runtime.context import Context, Mode, Segment, VisionTokens, layout, unconditional_layout
 from lance_runtime.model.embeddings import latent_position_embedding
-from lance_runtime.model.rope import rope_table
+from lance_runtime.model.rope import frequencies_are_rounded, rope_table
 from lance_runtime.types import VISUAL_CONDITIONS, LatentShape, Modality, PixelShape
 
 settings.register_profile("lance", deadline=None, max_examples=60, database=None)
@@ -261,6 +261,23 @@ def test_in_bfloat16_the_frequencies_are_rounded_as_the_reference_has_them():
     assert torch.equal(found.sin[0, 0], angles.sin().to(torch.bfloat16))
     exact = rope_table(LanceConfig(), positions, torch.float32)
     assert (found.cos - exact.cos).abs().max() > 0.5  # far apart it is another embedding
+
+
+@pytest.mark.parametrize(
+    ("trained", "dtype", "device", "rounded"),
+    [
+        (True, torch.bfloat16, "cpu", True),
+        (True, torch.bfloat16, "cuda", True),
+        (True, torch.float32, "cuda", True),  # a card without bfloat16: the weights are the same
+        (True, torch.float32, "mps", True),
+        (True, torch.float32, "cpu", False),  # the reference in float32
+        (False, torch.bfloat16, "cuda", False),
+        (False, torch.float32, "cpu", False),
+    ],
+)
+def test_frequencies_are_those_that_the_weights_have_learned(trained, dtype, device, rounded):
+    config = replace(LanceConfig(), bfloat16_frequencies=trained)
+    assert frequencies_are_rounded(config, dtype, torch.device(device)) == rounded
 
 
 def test_a_model_trained_in_float32_keeps_exact_frequencies():

@@ -36,17 +36,26 @@ def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     The sections of ``mrope_section`` give the first frequencies to time, the next to rows, the last to columns
     (Qwen2.5-VL, section 2; transformers' ``apply_multimodal_rotary_pos_emb``).
 
-    In bfloat16 the frequencies themselves are rounded, as the reference's are: its buffers take the type of its weights, in
-    training (train/fsdp_utils.py, ``buffer_dtype``) and when it draws (inference_lance.py). Where MaPE puts tokens a
-    thousand positions apart that turns fast frequencies by a radian or two, which the weights have learned.
+    The frequencies themselves are rounded to bfloat16 where the weights have learned them so (``frequencies_are_rounded``):
+    the reference's buffers take the type of its weights, in training (train/fsdp_utils.py, ``buffer_dtype``) and when it
+    draws (inference_lance.py). Where MaPE puts tokens a thousand positions apart that turns fast frequencies by a radian or
+    two.
     """
     positions = positions if positions.ndim == 3 else positions[None]
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponent  # to the bit as transformers: far positions magnify the last one
-    if dtype == torch.bfloat16 and config.bfloat16_frequencies:
-        frequencies = frequencies.to(dtype).float()
+    if frequencies_are_rounded(config, dtype, positions.device):
+        frequencies = frequencies.to(torch.bfloat16).float()
     sections = torch.tensor(config.mrope_section, device=positions.device)
     axes = torch.arange(3, device=positions.device)
     axis = axes.repeat_interleave(sections, output_size=config.head_dim // 2)  # told, since a device would have to wait
     angles = positions.float()[:, axis].transpose(1, 2) * frequencies  # (B, L, head_dim / 2)
     return Rope(angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype))
+
+
+def frequencies_are_rounded(config: LanceConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """For weights trained in bfloat16, whatever they are computed in; but float32 on a CPU repeats the reference in float32.
+
+    Cards without bfloat16 compute in float32 too, and their pictures are not there to be compared with a float32 run.
+    """
+    return config.bfloat16_frequencies and (dtype == torch.bfloat16 or device.type != "cpu")
