@@ -17,6 +17,7 @@ from .pipeline import LancePipeline, Output
 from .preprocess import presets
 from .prompts import TASKS, UNDERSTANDING_TASKS, VIDEO_TASKS
 from .terminal import DTYPES, Parser, Progress
+from .types import VIDEO_FPS
 
 DESCRIPTION = "Draw, edit and understand pictures and clips with ByteDance's Lance."
 EPILOG = """tasks:
@@ -87,7 +88,11 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt", default="", help="what to draw or change")
     group.add_argument("--negative-prompt", help="what to keep away from (default: no prompt at all)")
     group.add_argument("--image", type=Path, action="append", default=[], help="a source or reference; may be repeated")
-    group.add_argument("--video", type=Path, help="a source clip (up to 6 s are used, at 12 frames a second)")
+    group.add_argument(
+        "--video",
+        type=Path,
+        help="a source video (seen at 12 frames a second; of more than 6 s, 69 frames over all of it)",
+    )
     group.add_argument("--question", default="", help="for the x2t tasks; without one they describe what they see")
     group.add_argument("--instruction", help="system sentence of your own instead of the task's")
     group.add_argument("--output", type=Path, help="file to write (default: TASK.png, TASK.mp4, or the terminal)")
@@ -112,7 +117,12 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
         "--interval", type=float, nargs=2, default=(0.4, 1.0), metavar=("LOW", "HIGH"), help="sigmas with guidance"
     )
     group.add_argument("--renorm", choices=RENORM_KINDS, default="global", help="keep the norm of the unguided velocity")
-    group.add_argument("--uncond-positions", choices=UNCOND_POSITIONS, default="cached", help="path of the reference to follow")
+    group.add_argument(
+        "--uncond-positions",
+        choices=UNCOND_POSITIONS,
+        default="cached",
+        help="how positions count without a prompt: the reference's default (cached) or its other path (dense)",
+    )
 
 
 def _add_answer(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +148,7 @@ def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
     same = "negative_prompt question instruction height width resolution steps shift seed max_new_tokens temperature top_p"
     arguments.update({name: getattr(options, name) for name in same.split()})
     if options.video is not None:
-        arguments["video"], arguments["fps"] = read_video(options.video)
+        arguments["video"], arguments["fps"] = read_video(options.video), VIDEO_FPS
     return arguments
 
 
@@ -148,8 +158,16 @@ def run(options: argparse.Namespace) -> str:
     arguments = arguments_of(options)
     variant = options.variant or ("video" if options.task in VIDEO_TASKS else "image")
     dtype = DTYPES.get(options.dtype)
-    how = (options.device, dtype, options.vit, options.offload, options.tiled_vae, options.compile)
-    pipe = LancePipeline.from_pretrained(options.model, variant, *how)
+    pipe = LancePipeline.from_pretrained(
+        options.model,
+        variant,
+        device=options.device,
+        dtype=dtype,
+        vit=options.vit,
+        offload=options.offload,
+        tiled_vae=options.tiled_vae,
+        compile=options.compile,
+    )
     with Progress(options.task, "token" if options.task in UNDERSTANDING_TASKS else "step") as progress:
         out = pipe(options.task, options.prompt, progress=progress, **arguments)
     return save(out, output, options.task)
@@ -159,9 +177,9 @@ def output_of(options: argparse.Namespace) -> Path | None:
     """The file to write, None for an answer that is only printed; refused before anything is computed."""
     if options.task in UNDERSTANDING_TASKS:
         return options.output
-    clip = options.task in VIDEO_TASKS
-    path = options.output or Path(f"{options.task}.{'mp4' if clip else 'png'}")
-    check_suffix(path, clip)
+    video = options.task in VIDEO_TASKS
+    path = options.output or Path(f"{options.task}.{'mp4' if video else 'png'}")
+    check_suffix(path, video)
     return path
 
 
@@ -180,7 +198,7 @@ def save(out: Output, path: Path | None, task: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line on what is wrong."""
+    """Exit code 0, 2 with one line on what is wrong, or 130 where a download was stopped."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     command = COMMANDS.get(arguments[0]) if arguments else None
     try:

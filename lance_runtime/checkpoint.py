@@ -36,8 +36,20 @@ def unpack_header(packed: Tensor) -> dict[str, str]:
     return json.loads(packed.numpy().tobytes())
 
 
-class TensorFile(Mapping[str, Tensor]):
-    """Tensors of one file, each read when it is asked for; ``shapes`` and ``metadata`` need no reading.
+class Tensors(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for; ``shapes`` needs no reading."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class TensorFile(Tensors):
+    """Tensors of one file, and its ``metadata``.
 
     safetensors are memory-mapped; pickles (.pth, .pt) are loaded with ``weights_only`` and memory-mapped too.
     """
@@ -83,14 +95,8 @@ class TensorFile(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._pickled[name] if hasattr(self, "_pickled") else self._file.get_tensor(name)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
 
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-class Renamed(Mapping[str, Tensor]):
+class Renamed(Tensors):
     """A part of a file's tensors under canonical names; ``names`` maps canonical to stored."""
 
     def __init__(self, file: TensorFile, names: Mapping[str, str]) -> None:
@@ -99,12 +105,6 @@ class Renamed(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.file[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class KeyRule(NamedTuple):
@@ -121,6 +121,7 @@ MODEL_RULES = (
     KeyRule(POSITION_TABLE, None),
     KeyRule(VIT_PREFIX, None),
     KeyRule("vae.", None),  # CheckpointSave puts the VAE beside the model
+    KeyRule("model_sampling.", None),  # CLIPSave, its schedule
 )
 VIT_RULES = (KeyRule(VIT_PREFIX, ""), KeyRule("visual.", ""))
 
@@ -172,12 +173,12 @@ def guess_variant(file: TensorFile) -> str | None:
     """
     if (stated := file.metadata.get(VARIANT_HEADER)) in (ANY_VARIANT, "image", "video"):
         return stated
-    table = file.shapes.get(POSITION_TABLE)
-    if has_own_vit(file) or "video" in f"{file.path.parent.name}/{file.path.name}".lower():
+    table, name = file.shapes.get(POSITION_TABLE), f"{file.path.parent.name}/{file.path.name}".lower()
+    if has_own_vit(file) or "video" in name:
         return "video"
-    if table is not None and table[0] <= IMAGE_TABLE_ROWS:
-        return "image"
-    return "image" if "lance_3b" in f"{file.path.parent.name}/{file.path.name}".lower() else None
+    if table is not None:
+        return "image" if table[0] <= IMAGE_TABLE_ROWS else None
+    return "image" if "lance_3b" in name else None
 
 
 def is_quantised(file: TensorFile) -> bool:

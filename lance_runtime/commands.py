@@ -10,14 +10,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .calibrate import Comparison, Settings, compare
 from .checkpoint import TensorFile
 from .convert import convert, find_quantised
 from .dequantize import plain_tensors
 from .files import VARIANT_FOLDERS, find_model
 from .pipeline import LancePipeline
+from .quant_error import Comparison, Settings, compare
+from .quant_formats import FORMATS
 from .quantize import SCOPES, Plan, Written, quantize
-from .quantized import FORMATS
 from .terminal import DTYPES, Parser, Progress
 
 QUANTIZE = """Write a quantised copy of a Lance checkpoint that ComfyUI loads natively, and say what that costs.
@@ -158,7 +158,7 @@ def table(written: Written, result: Comparison | None) -> list[str]:
     if result is not None:
         lines += [f"velocity at sigma {sigma:.3f}: {_percent(error)}" for sigma, error in result.velocities]
         lines.append(
-            f"logits: {_percent(result.logits)}; the likeliest token is the same at {result.same} of {result.places} places"
+            f"logits: {_percent(result.logits)}; the likeliest token is the same for {result.same} of {result.answer_tokens}"
         )
     lines.append(f"{len(written.errors)} weights quantised; {_size(written.before)} in bfloat16 are {_size(written.after)}")
     return lines

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import TensorFile, check_names, vit_tensors
+from .checkpoint import TensorFile, Tensors, check_names, vit_tensors
 from .config import LanceConfig, VisionConfig
 from .dequantize import plain_tensors
 from .engine import Engine
@@ -65,7 +65,8 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype,
     At most the module and one tensor are in memory. On the CPU, tensors that need no cast stay mapped to the file.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    check_names(expected, getattr(tensors, "shapes", None) or {name: tuple(t.shape) for name, t in tensors.items()})
+    found = tensors.shapes if isinstance(tensors, Tensors) else {name: tuple(t.shape) for name, t in tensors.items()}
+    check_names(expected, found)
     for name in expected:
         owner, _, leaf = name.rpartition(".")
         tensor = tensors[name].to(device=device, dtype=dtype)

@@ -37,6 +37,11 @@ class LanceConfig:
                 "head dimensions.\nThe sections must add up to half the head dimension: check llm_config.json."
             )
 
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that a token leaves in the cache: keys and values, of all layers."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> LanceConfig:
         """From the parsed ``llm_config.json``; sizes that it leaves out follow Qwen2's rules."""

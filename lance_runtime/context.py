@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .positions import apply_mape, text_positions, visual_positions
-from .prompts import ASSISTANT_OPENING, SYSTEM_OPENING, USER_OPENING
+from .prompts import ASSISTANT_OPENING, SYSTEM_OPENING, UNDERSTANDING_TASKS, USER_OPENING
 from .tokenizer import IM_END, VIDEO_PAD, VISION_END, VISION_START, LanceTokenizer
 from .types import LatentShape, Modality
 
@@ -211,17 +211,23 @@ def open_context(tokenizer: LanceTokenizer, system: str, visuals: Iterable[Segme
     return Context((Segment.text(opening + tokenizer.encode(system) + user),), vision).extended(visuals)
 
 
-def drawing(tokenizer: LanceTokenizer, context: Context, prompt: str) -> Context:
+def generation_context(tokenizer: LanceTokenizer, context: Context, prompt_ids: Sequence[int]) -> Context:
     """An open context with a prompt and the opening of the assistant: what precedes a target."""
-    ids = tokenizer.encode(prompt)
-    if ids:
-        context = context.with_text(ids, Modality.PROMPT)
+    if prompt_ids:
+        context = context.with_text(prompt_ids, Modality.PROMPT)
     return context.with_text(tokenizer.encode_template(ASSISTANT_OPENING))
 
 
-def asking(tokenizer: LanceTokenizer, context: Context, question: str) -> Context:
+def question_context(tokenizer: LanceTokenizer, context: Context, question: str) -> Context:
     """An open context with a question; it is one causal split with the template behind it."""
     return context.with_text(tokenizer.encode(question) + tokenizer.encode_template(ASSISTANT_OPENING))
+
+
+def source_modality(task: str) -> Modality | None:
+    """What the latents of a task's sources are; None for tasks that only look at theirs."""
+    if task in UNDERSTANDING_TASKS:
+        return None
+    return Modality.SUBJECT if task.startswith("subject") else Modality.EDIT_SOURCE
 
 
 def closing_ids(tokenizer: LanceTokenizer) -> list[int]:

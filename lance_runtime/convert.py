@@ -8,7 +8,7 @@ from pathlib import Path
 from .checkpoint import MODEL_RULES, TensorFile, apply_rules, check_names, identify
 from .components import build_lance
 from .config import LanceConfig
-from .dequantize import Plain, all_tensors
+from .dequantize import DequantizedTensors, all_tensors
 from .files import header_of
 from .quantize import copied
 from .saving import check_new, write_tensors
@@ -44,7 +44,7 @@ def convert(
     return len(tensors.layers)
 
 
-def _check_is_whole(tensors: Plain) -> None:
+def _check_is_whole(tensors: DequantizedTensors) -> None:
     """Strict, as for every checkpoint; ``ValueError`` for what is quantised and is not Lance."""
     shapes = {new: shape for name, shape in tensors.shapes.items() if (new := apply_rules(name, MODEL_RULES)) is not None}
     try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .context import Layout
 from .engine import Engine
 from .kv_cache import KVCache
-from .model.attention import shapes_of_their_own
+from .model.attention import without_cudnn_attention
 from .model.transformer import Streams
 from .prefill import prefill
 from .tokenizer import IM_END, LanceTokenizer
@@ -72,14 +72,10 @@ def answer(
     tokenizer: LanceTokenizer,
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
-    reader: Engine | None = None,
-    read: Callable[[Engine, Layout], tuple[KVCache, Any]] = prefill,
+    read: Callable[[Layout], tuple[KVCache, Any]] | None = None,
 ) -> Iterator[int]:
-    """Read a laid-out question and yield the ids of its answer.
-
-    reader: the engine of the prefill, where it is another. read: what stands in for ``prefill``.
-    """
-    cache, states = read(reader or engine, sequence)
+    """Read a laid-out question and yield the ids of its answer. read: in the place of ``prefill`` with this engine."""
+    cache, states = prefill(engine, sequence) if read is None else read(sequence)
     yield from decode(
         engine,
         cache,
@@ -108,8 +104,7 @@ def decode(
     cache: the prefilled context, extended in place. last: its last token's final states (1, 1, D). position: rope
     position of the first new token, the same on all axes. vocabulary: logits from this id on are left out.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens} leaves nothing to write.\nUse 1 or more; the default is 256.")
+    check_length(max_new_tokens)
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
     written: list[int] = []
@@ -126,7 +121,12 @@ def decode(
         yield token
 
 
-@shapes_of_their_own()
+def check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} leaves nothing to write.\nUse 1 or more; the default is 256.")
+
+
+@without_cudnn_attention()
 def next_states(engine: Engine, cache: KVCache, token: int, position: int) -> Tensor:
     """Read one token into the cache; returns its final states (1, 1, D)."""
 

@@ -45,7 +45,7 @@ def flow_sigmas(steps: int, shift: float = 3.5) -> Tensor:
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"Shift {shift} is not a positive number.\nThe default is 3.5; 1 leaves the schedule linear.")
     tau = torch.linspace(1, 0, steps + 1)
-    return shift * tau / (1 + (shift - 1) * tau)
+    return (shift * tau / (1 + (shift - 1) * tau)).clamp(max=1.0)  # which rounding passes at a shift of 2.14
 
 
 def check_sigmas(sigmas: Sequence[float]) -> Tensor:
@@ -93,7 +93,7 @@ def predict_velocity(engine: Engine, latents: Tensor, timesteps: Tensor, branche
     latents (n * B, C, T, H, W) and timesteps (n * B, T) hold the branches' samples one branch after another.
     """
     batch = latents.shape[0] // len(branches)
-    gen = engine.model.embed_latents(latents, timesteps, branches[0].places)
+    gen = engine.model.embed_latents(latents, timesteps, branches[0].position_embeddings)
     und = torch.cat([branch.boundary.expand(batch, -1, -1) for branch in branches])
     rope = Streams(*(Rope.stack([b.rope[i] for b in branches], batch) for i in range(2)))
 
@@ -101,7 +101,7 @@ def predict_velocity(engine: Engine, latents: Tensor, timesteps: Tensor, branche
         parts = zip(branches, q.split(batch), k.split(batch), v.split(batch), strict=True)
         out = [engine.attend_fully(q_, *branch.cache.attached(layer, k_, v_)) for branch, q_, k_, v_ in parts]
         joined = out[0] if len(out) == 1 else torch.cat(out)
-        return joined if engine.attended is None else engine.attended(joined)
+        return joined if engine.attention_hook is None else engine.attention_hook(joined)
 
     hidden = engine.run(Streams(und, gen), rope, attend)
     return engine.model.velocity(hidden.gen, LatentShape(*latents.shape[2:]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,11 @@ from .checkpoint import (
     QUANT_HEADER,
     QUANT_TENSOR,
     TensorFile,
+    Tensors,
     apply_rules,
     model_tensors,
 )
-from .quantized import AWQ, COMMUNITY_NVFP4, NATIVE, Format
+from .quant_formats import AWQ, COMMUNITY_NVFP4, NATIVE, Format
 
 # Tensors that belong to a quantised weight, by what follows the layer's name.
 PARTS = ("weight", "weight_scale", "weight_scale_2", "scale_weight", "qweight", "scales", "zeros", "scales_fp8", "scales_bf16")
@@ -27,28 +28,28 @@ INPUT_PARTS = ("input_scale", "scale_input")
 OLD_NAMES = {"scale_weight": "weight_scale"}
 
 
-class Layer(NamedTuple):
+class QuantizedWeight(NamedTuple):
     """One quantised weight: its format, what else the file says of it, and its parts' names in the file."""
 
-    kind: Format
+    format: Format
     settings: dict
     parts: dict[str, str]
 
 
-class Plain(Mapping[str, Tensor]):
+class DequantizedTensors(Tensors):
     """Tensors of a file by canonical name, a quantised weight decoded to float32 when it is asked for.
 
     names: canonical to stored. ``shapes`` are those of whole weights, and need no reading.
     """
 
-    def __init__(self, file: TensorFile, names: Mapping[str, str], layers: Mapping[str, Layer]) -> None:
+    def __init__(self, file: TensorFile, names: Mapping[str, str], layers: Mapping[str, QuantizedWeight]) -> None:
         hidden = {name for layer in layers for name in _belonging(layer)}
         self.file, self.layers = file, {f"{layer}.weight": found for layer, found in layers.items()}
         self.names = {name: stored for name, stored in names.items() if name not in hidden and name != OLD_QUANT_TENSOR}
         self.shapes = {name: file.shapes[stored] for name, stored in self.names.items()}
         for name, layer in self.layers.items():
             stored = layer.parts.get("weight", layer.parts.get("qweight", ""))
-            self.shapes[name] = layer.kind.shape(file.shapes[stored])
+            self.shapes[name] = layer.format.shape(file.shapes[stored])
 
     def __getitem__(self, name: str) -> Tensor:
         layer = self.layers.get(name)
@@ -56,41 +57,35 @@ class Plain(Mapping[str, Tensor]):
             return self.file[self.names[name]]
         if layer.settings.get("convrot") or layer.settings.get("params", {}).get("convrot"):
             raise ValueError(
-                f"{name} of {self.file.path.name} is int8 with a rotation (convrot), which 0 of our formats undo.\n"
-                "Use it in ComfyUI, or write the file anew with python -m lance_runtime quantize --format int8."
+                f"{name} of {self.file.path.name} is int8 with a rotation (convrot), which this runtime cannot undo.\n"
+                "Use it in ComfyUI, or quantise the full checkpoint: python -m lance_runtime quantize --format int8."
             )
-        return layer.kind.decode({part: self.file[stored] for part, stored in layer.parts.items()})
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+        return layer.format.decode({part: self.file[stored] for part, stored in layer.parts.items()})
 
 
-def plain_tensors(file: TensorFile) -> Plain:
+def plain_tensors(file: TensorFile) -> DequantizedTensors:
     """The decoder's and the glue's whole weights of a Lance checkpoint, quantised or not.
 
     ``ValueError`` names what any other file is, and formats that are not known.
     """
     names = model_tensors(file).names
-    return Plain(file, names, quantised_layers(file, names))
+    return DequantizedTensors(file, names, quantised_layers(file, names))
 
 
-def all_tensors(file: TensorFile) -> Plain:
+def all_tensors(file: TensorFile) -> DequantizedTensors:
     """Every tensor of a file, whole, under the names that it has there; community conversions are read as well."""
     names = {name: name for name in file}
-    return Plain(file, names, quantised_layers(file, names))
+    return DequantizedTensors(file, names, quantised_layers(file, names))
 
 
-def quantised_layers(file: TensorFile, names: Mapping[str, str]) -> dict[str, Layer]:
+def quantised_layers(file: TensorFile, names: Mapping[str, str]) -> dict[str, QuantizedWeight]:
     """The quantised layers by canonical name. names: canonical to stored."""
     settings = _settings(file, names)
     found = {}
     for layer, said in settings.items():
         known = ((part, names.get(f"{layer}.{part}")) for part in PARTS)
         parts = {OLD_NAMES.get(part, part): stored for part, stored in known if stored is not None}
-        found[layer] = Layer(_kind(said["format"], layer, file), said, parts)
+        found[layer] = QuantizedWeight(_format(said["format"], layer, file), said, parts)
     return found
 
 
@@ -109,7 +104,7 @@ def _settings(file: TensorFile, names: Mapping[str, str]) -> dict[str, dict]:
     return found
 
 
-def _kind(name: str, layer: str, file: TensorFile) -> Format:
+def _format(name: str, layer: str, file: TensorFile) -> Format:
     known = {**NATIVE, AWQ.name: AWQ, COMMUNITY_NVFP4.name: COMMUNITY_NVFP4}
     if name not in known:
         raise ValueError(

@@ -217,7 +217,7 @@ def _huggingface_hub() -> Any:
         import huggingface_hub.utils
     except ImportError as error:
         raise ValueError(
-            "huggingface_hub is not installed in this Python (0 of 1 packages that a download needs).\n"
+            "huggingface_hub is not installed in this Python.\n"
             "Run: pip install huggingface_hub, or use the Python that ComfyUI runs with."
         ) from error
     return huggingface_hub

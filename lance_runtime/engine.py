@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .model.attention import full_attention, sdpa
 from .model.rope import Rope, rope_table
-from .model.transformer import Around, Attend, Lance, Streams
+from .model.transformer import Attend, Lance, LayerHook, Streams
 from .types import AttentionFunction
 
 
@@ -18,16 +18,16 @@ from .types import AttentionFunction
 class Engine:
     """A network, the type and device of its hidden states, and the host's hooks.
 
-    attention: the backend. around: see ``Lance.run_layers``. attended: may change what the tokens of a target got from
-    attention, (B, 2 + tokens, H * d), the two vision tokens first.
+    attention: the backend. layer_hook: see ``Lance.run_layers``. attention_hook: may change what attention gave the tokens of a
+    target, (B, 2 + tokens, H * d), the two vision tokens first.
     """
 
     model: Lance
     dtype: torch.dtype
     device: torch.device
     attention: AttentionFunction = sdpa
-    around: Around | None = None
-    attended: Callable[[Tensor], Tensor] | None = None
+    layer_hook: LayerHook | None = None
+    attention_hook: Callable[[Tensor], Tensor] | None = None
 
     def embed(self, ids: list[int]) -> Tensor:
         """Embeddings (1, L, D) of token ids."""
@@ -39,7 +39,7 @@ class Engine:
 
     def run(self, hidden: Streams, rope: Streams, attend: Attend) -> Streams:
         """One block of tokens through all layers."""
-        return self.model.run_layers(hidden, rope, attend, self.around)
+        return self.model.run_layers(hidden, rope, attend, self.layer_hook)
 
     def attend_fully(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every query sees every key; shapes as in ``full_attention``."""

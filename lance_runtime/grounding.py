@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-Size = tuple[int, int]
+from .preprocess import Area, Size
+
 NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 BOX = re.compile(
     rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]|<\|box_start\|>\({NUMBER},{NUMBER}\),\({NUMBER},{NUMBER}\)<\|box_end\|>"
@@ -12,16 +13,17 @@ BOX = re.compile(
 LABEL = re.compile(r'"label"\s*:\s*"([^"]*)"')
 
 
-def find_boxes(answer: str, seen: Size, picture: Size) -> list[dict]:
-    """Every box of an answer, scaled from the size that was seen to the picture's, both (height, width).
+def find_boxes(answer: str, seen: Size, area: Area, picture: Size) -> list[dict]:
+    """Every box of an answer as {x, y, width, height, label}, in whole pixels of a picture.
 
-    Boxes are {x, y, width, height, label} in whole pixels, cut to the picture; empty ones are left out.
+    seen: height and width of what the model saw (``vit_size``). area: where that lies in the picture (``vit_area``).
+    picture: its height and width; boxes are cut to it, and empty ones are left out.
     """
     boxes = []
     for match in BOX.finditer(answer):
         left, top, right, bottom = (float(value) for value in match.groups() if value is not None)
-        horizontal = _span(left, right, seen[1], picture[1])
-        vertical = _span(top, bottom, seen[0], picture[0])
+        horizontal = _span((left, right), area.width / seen[1], area.left, picture[1])
+        vertical = _span((top, bottom), area.height / seen[0], area.top, picture[0])
         if horizontal[1] > 0 and vertical[1] > 0:
             label = LABEL.search(answer, match.end(), answer.find("}", match.end()) + 1 or len(answer))
             box = {"x": horizontal[0], "y": vertical[0], "width": horizontal[1], "height": vertical[1]}
@@ -29,7 +31,7 @@ def find_boxes(answer: str, seen: Size, picture: Size) -> list[dict]:
     return boxes
 
 
-def _span(first: float, last: float, seen: int, size: int) -> tuple[int, int]:
-    """Start and length of one axis in the picture."""
-    start, end = (min(max(round(value * size / seen), 0), size) for value in sorted((first, last)))
+def _span(ends: tuple[float, float], scale: float, offset: float, size: int) -> tuple[int, int]:
+    """Start and length along one axis of the picture."""
+    start, end = (min(max(round(offset + value * scale), 0), size) for value in sorted(ends))
     return start, end - start

@@ -17,8 +17,8 @@ class KVCache:
     run leaves nothing behind. Tokens that must not be remembered (the target) are attended with ``attached``.
     """
 
-    def __init__(self, config: LanceConfig, capacity: int, dtype: torch.dtype, device: torch.device, batch: int = 1) -> None:
-        shape = (2, batch, config.num_key_value_heads, capacity, config.head_dim)
+    def __init__(self, config: LanceConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (2, 1, config.num_key_value_heads, capacity, config.head_dim)
         self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.length = 0
 

@@ -1,15 +1,19 @@
-"""Files of pictures and clips, read and written with Pillow and PyAV."""
+"""Files of pictures and videos, read and written with Pillow and PyAV."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FRAMES_PER_SECOND = 12
-CLIP_SUFFIXES = (".mp4", ".mov", ".mkv")
+from .preprocess import sample_frames
+from .types import LANCE_3B, VIDEO_FPS
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
 
 
 def read_image(path: Path) -> Image.Image:
@@ -26,27 +30,42 @@ def read_image(path: Path) -> Image.Image:
     return picture
 
 
-def read_video(path: Path) -> tuple[np.ndarray, float]:
-    """All frames, uint8 (T, H, W, 3), and the frame rate; ``ValueError`` for a file without a picture track."""
+def read_video(path: Path, most_seconds: float = LANCE_3B.seconds) -> np.ndarray:
+    """The frames of a video that the model sees (``sample_frames``), upright, uint8 (T, H, W, 3), at 12 a second.
+
+    The others are never in memory. ``ValueError`` for a file without a picture.
+    """
     import av
 
     try:
         with av.open(str(path)) as container:
-            track = container.streams.video[0]
-            rate = float(track.average_rate or FRAMES_PER_SECOND)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(track)]
+            rate = float(container.streams.video[0].average_rate or VIDEO_FPS)
+        wanted = sample_frames(sum(1 for _ in _decoded(path)), rate, most_seconds)
+        kept = {index: _upright(frame) for index, frame in enumerate(_decoded(path)) if index in wanted}
     except (av.FFmpegError, IndexError) as error:
         if not path.is_file():
             raise
         raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is no video.\nUse MP4, MOV, WebM or GIF.") from error
-    return np.stack(frames), rate
+    return np.stack([kept[index] for index in wanted])
 
 
-def check_suffix(path: Path, clip: bool) -> None:
-    """``ValueError`` for a name whose suffix says nothing that a clip, or a picture, can be written as."""
-    known = CLIP_SUFFIXES if clip else tuple(end for end, name in Image.registered_extensions().items() if name in Image.SAVE)
+def _decoded(path: Path) -> Iterator[Any]:
+    import av
+
+    with av.open(str(path)) as container:
+        yield from container.decode(container.streams.video[0])
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """A frame as it is meant to be seen: phones film sideways, and say so beside it."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+def check_suffix(path: Path, video: bool) -> None:
+    """``ValueError`` for a name whose suffix says nothing that a video, or a picture, can be written as."""
+    known = VIDEO_SUFFIXES if video else tuple(end for end, name in Image.registered_extensions().items() if name in Image.SAVE)
     if path.suffix.lower() not in known:
-        kind, usual = ("clip", ", ".join(CLIP_SUFFIXES)) if clip else ("picture", ".png, .jpg or .webp")
+        kind, usual = ("video", ", ".join(VIDEO_SUFFIXES)) if video else ("picture", ".png, .jpg or .webp")
         raise ValueError(f"{path.name} has the suffix {path.suffix!r}, which no {kind} has.\nUse {usual}.")
 
 
@@ -56,7 +75,7 @@ def write_image(path: Path, frame: np.ndarray) -> None:
     Image.fromarray(frame).save(path)
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int = FRAMES_PER_SECOND) -> None:
+def write_video(path: Path, frames: np.ndarray, fps: int = VIDEO_FPS) -> None:
     """uint8 (T, H, W, 3) as H.264 MP4, at the 12 frames a second that Lance makes."""
     import av
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ from .components import Components
 
 OFFLOAD_KINDS = ("none", "model", "layer")
 # Weights that are copied before they are needed. One decoder layer's MLP of one expert has 135 MB in bfloat16.
-AHEAD_BYTES = 256 * 2**20
+PREFETCH_BYTES = 256 * 2**20
 PINNING = ("cuda", "xpu")  # kinds of devices that read pinned memory by themselves
-LINKS_BEHIND = 2  # links whose computing may be unfinished when further weights are copied
+MODULES_IN_FLIGHT = 2  # modules whose computing may be unfinished when further weights are copied
 
 
 def check_offload(kind: str, compiled: bool = False) -> None:
@@ -24,18 +24,20 @@ def check_offload(kind: str, compiled: bool = False) -> None:
         raise ValueError(f"offload {kind!r} is none of {', '.join(OFFLOAD_KINDS)}.\nUse one of them.")
     if compiled and kind == "layer":
         raise ValueError(
-            "offload 'layer' and compile are 2 ways to run a layer, which cannot be compiled while its weights come and go.\n"
+            "offload='layer' cannot be combined with compile: a layer cannot be compiled while its weights come and go.\n"
             "Use offload 'model' or 'none', or leave compile out."
         )
 
 
 def add_offloading(components: Components, kind: str) -> None:
-    """ "model": one of ViT, network and VAE at a time on the device. "layer": weights pass through it one after the other."""
+    """ "model": one of ViT, network and VAE at a time on the device. "layer": weights are streamed through it."""
     check_offload(kind)
     if kind == "none":
         return
     if kind == "layer":
-        Passing(components.modules, components.device)
+        streamer = WeightStreamer(components.device)
+        for module in components.modules:
+            streamer.attach(module)
         return
     from accelerate.hooks import add_hook_to_module
 
@@ -44,81 +46,84 @@ def add_offloading(components: Components, kind: str) -> None:
         add_hook_to_module(module, hook)
 
 
-def _weights(link: nn.Module) -> dict[str, Tensor]:
+def _own_weights(module: nn.Module) -> dict[str, Tensor]:
     """A module's own weights, without those of its parts."""
-    return {name: own.detach() for name, own in link.named_parameters(recurse=False)}
+    return {name: own.detach() for name, own in module.named_parameters(recurse=False)}
 
 
-def _place(link: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        setattr(link, name, nn.Parameter(weight, requires_grad=False))
+        setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
 
 class Copied(NamedTuple):
-    """A link's weights on the device, and the event after which they are complete (None: they are)."""
+    """A module's weights on the device, and the event after which they are complete (None: they are)."""
 
     weights: dict[str, Tensor]
     event: Any
 
 
-class Passing:
-    """Weights stay on the CPU and pass through the device, link by link.
+class WeightStreamer:
+    """Weights stay on the CPU and pass through the device, module by module, each while it computes.
 
-    While one link computes, those that followed it last time are copied, on a stream of their own where the device has
-    streams. (accelerate copies when a weight is needed, and computes when it is there.) Tables of embeddings do not pass:
-    a row is looked up where it lies.
+    While one module computes, the weights of those that followed it last time are copied, on a stream of their own where
+    the device has streams. (accelerate copies when a weight is needed, and computes when it is there.) Embedding tables are
+    not copied: their rows are looked up on the CPU.
 
-    What one module has copied ahead goes when another begins. Links go by their number, so that a module that nobody wants
+    What one model has prefetched is let go when another begins. Modules go by their number, so that one that nobody wants
     any more is not kept by its own hooks.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], device: torch.device, ahead: int = AHEAD_BYTES) -> None:
-        self.device, self.ahead, self.stream = device, ahead, _side_stream(device)
+    def __init__(self, device: torch.device, prefetch_bytes: int = PREFETCH_BYTES) -> None:
+        self.device, self.prefetch_bytes, self.stream = device, prefetch_bytes, _side_stream(device)
         self.pins = device.type in PINNING
-        self.homes: list[dict[str, Tensor]] = []
-        self.follower: dict[int, int] = {}
-        self.coming: dict[int, Copied] = {}
+        self.cpu_weights: list[dict[str, Tensor]] = []
+        self.followers: dict[int, int] = {}
+        self.prefetched: dict[int, Copied] = {}
         self.last: int | None = None
-        self.computing: deque[Any] = deque()  # events behind the last links
-        for link in (link for module in modules for link in module.modules()):
-            if isinstance(link, nn.Embedding):
-                link.register_forward_pre_hook(lambda _, inputs: tuple(ids.cpu() for ids in inputs))
-                link.register_forward_hook(lambda _, __, rows: rows.to(device))
-            elif weights := _weights(link):
-                link.register_forward_pre_hook(partial(self._arrive, len(self.homes)))
-                link.register_forward_hook(partial(self._leave, len(self.homes)), always_call=True)
-                self.homes.append(weights)
+        self.in_flight: deque[Any] = deque()  # events behind the last modules
 
-    def _arrive(self, number: int, link: nn.Module, _: Any) -> None:
+    def attach(self, model: nn.Module) -> None:
+        """Stream the weights of all modules of a model from now on."""
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_pre_hook(lambda _, inputs: tuple(ids.cpu() for ids in inputs))
+                module.register_forward_hook(lambda _, __, rows: rows.to(self.device))
+            elif weights := _own_weights(module):
+                module.register_forward_pre_hook(partial(self._before_forward, len(self.cpu_weights)))
+                module.register_forward_hook(partial(self._after_forward, len(self.cpu_weights)), always_call=True)
+                self.cpu_weights.append(weights)
+
+    def _before_forward(self, number: int, module: nn.Module, _: Any) -> None:
         if self.last is not None:
-            self.follower[self.last] = number
+            self.followers[self.last] = number
         self.last = number
-        copied = self.coming.pop(number, None) or self._copied(number)
+        copied = self.prefetched.pop(number, None) or self._copied(number)
         if copied.event is not None:
             current = torch.accelerator.current_stream(self.device)
             current.wait_event(copied.event)
             for weight in copied.weights.values():
                 weight.record_stream(current)  # else its memory could be given away while it is still read
-        _place(link, copied.weights)
+        _set_weights(module, copied.weights)
 
-    def _leave(self, number: int, link: nn.Module, *_: Any) -> None:
-        _place(link, self.homes[number])
+    def _after_forward(self, number: int, module: nn.Module, *_: Any) -> None:
+        _set_weights(module, self.cpu_weights[number])
         self._wait()
         wanted = dict.fromkeys(self._following(number))
-        self.coming = {other: self.coming[other] if other in self.coming else self._copied(other) for other in wanted}
+        self.prefetched = {other: self.prefetched.get(other) or self._copied(other) for other in wanted}
 
     def _following(self, number: int) -> Iterator[int]:
-        """The links after this one, as far ahead as may be copied; always one."""
+        """The modules after this one, as far ahead as may be copied; always one."""
         size, begun = 0, number
-        while (following := self.follower.get(number)) is not None and following != begun:
-            size += sum(weight.nbytes for weight in self.homes[following].values())
-            if size > self.ahead and number != begun:
+        while (following := self.followers.get(number)) is not None and following != begun:
+            size += sum(weight.nbytes for weight in self.cpu_weights[following].values())
+            if size > self.prefetch_bytes and number != begun:
                 return
             yield following
             number = following
 
     def _copied(self, number: int) -> Copied:
-        home = self.homes[number]
+        home = self.cpu_weights[number]
         if self.stream is None:
             return Copied({name: weight.to(self.device) for name, weight in home.items()}, None)
         with self.stream:
@@ -127,14 +132,14 @@ class Passing:
 
     def _staged(self, weight: Tensor) -> Tensor:
         """In pinned memory, which a device reads by itself; torch takes it back, and lends it again, when that is done."""
-        return weight.pin_memory() if self.pins and weight.nbytes <= self.ahead else weight
+        return weight.pin_memory() if self.pins and weight.nbytes <= self.prefetch_bytes else weight
 
     def _wait(self) -> None:
-        """Until the device has computed all but the last links: a host that runs ahead would fill it with weights."""
+        """Until the device has computed all but the last modules: a host that runs ahead would fill it with weights."""
         if self.stream is not None:
-            self.computing.append(torch.accelerator.current_stream(self.device).record_event())
-            while len(self.computing) > LINKS_BEHIND:
-                self.computing.popleft().synchronize()
+            self.in_flight.append(torch.accelerator.current_stream(self.device).record_event())
+            while len(self.in_flight) > MODULES_IN_FLIGHT:
+                self.in_flight.popleft().synchronize()
 
 
 def _side_stream(device: torch.device) -> Any:
@@ -146,8 +151,8 @@ def _side_stream(device: torch.device) -> Any:
 
 def send_home(homes: Mapping[nn.Module, Mapping[str, Tensor]]) -> None:
     """Each module's weights are those on the CPU again."""
-    for link, weights in homes.items():
-        _place(link, weights)
+    for module, weights in homes.items():
+        _set_weights(module, weights)
 
 
 def _alone_hook(components: Components) -> Any:
@@ -158,7 +163,7 @@ def _alone_hook(components: Components) -> Any:
     """
     from accelerate.hooks import CpuOffload
 
-    homes = {module: {link: _weights(link) for link in module.modules()} for module in components.modules}
+    homes = {model: {module: _own_weights(module) for module in model.modules()} for model in components.modules}
 
     class Alone(CpuOffload):
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:

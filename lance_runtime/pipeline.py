@@ -18,21 +18,22 @@ from .context import (
     Context,
     Layout,
     Segment,
-    asking,
     closing_ids,
-    drawing,
+    generation_context,
     layout,
     open_context,
+    question_context,
+    source_modality,
     unconditional_layout,
 )
-from .decode import Sampling, answer
+from .decode import answer
 from .denoise import Branches, Given, Step, check_noise, check_sigmas, denoise, draw_noise, flow_sigmas
 from .files import find_sources
 from .memory import add_offloading, bring, check_offload, checked_device, default_dtype
 from .prefill import Branch, branch
 from .prompts import system_sentence
 from .request import LOGGER, Request
-from .reuse import Prefixes, SeenPictures, reading
+from .reuse import PrefixCache, VisionTokenCache
 from .types import VISUAL_CONDITIONS, LatentShape, Modality
 from .visuals import encode_given, source_segments, vit_segment
 
@@ -64,7 +65,7 @@ class Output:
     def frames(self) -> np.ndarray:
         """Decoded when first asked for; ``ValueError`` for an answer, which has none."""
         if self.latents is None or self.decode_latents is None:
-            raise ValueError("An answer has 0 frames.\nRead out.text; use a generation task to make pictures.")
+            raise ValueError("x2t tasks return text, not frames.\nRead out.text; use another task to make pictures.")
         return self.decode_latents(self.latents).cpu().numpy()
 
 
@@ -73,7 +74,7 @@ class LancePipeline:
 
     def __init__(self, components: Components, variant: str | None = None) -> None:
         self.components, self.variant = components, variant
-        self._seen, self._read = SeenPictures(), Prefixes()  # of pictures that are asked about
+        self._vision_tokens, self._questions = VisionTokenCache(), PrefixCache()
 
     @classmethod
     def from_pretrained(
@@ -124,7 +125,7 @@ class LancePipeline:
         ids: list[int] = []
         last: Any = None
         for done, last in enumerate(self._run(request), 1):
-            ids.append(last.id if isinstance(last, Token) else done)
+            ids += [last.id] if isinstance(last, Token) else []
             if progress is not None:
                 progress(done, total)
         if request.understands:
@@ -133,7 +134,7 @@ class LancePipeline:
 
     def stream(self, task: str, prompt: str = "", **arguments: Any) -> Iterator[Step | Token]:
         """The same arguments; yields ``Step`` (index, sigma, latents) or ``Token`` (id, text so far) as they are made."""
-        yield from self._run(self.request(task, prompt, **arguments))
+        return self._run(self.request(task, prompt, **arguments))
 
     def request(self, task: str, prompt: str = "", **arguments: Any) -> Request:
         """The arguments of a call, checked and completed; what the methods below take."""
@@ -172,12 +173,11 @@ class LancePipeline:
 
     def _answer(self, request: Request) -> Iterator[Token]:
         parts, context = self.components, self.context(request)
-        sampling = Sampling(request.temperature, request.top_p, request.seed)
         sequence = layout(context)
         bring(parts.model)
         ids: list[int] = []
-        read = reading(self._read, weights=None)
-        for token in answer(parts.engine, sequence, parts.tokenizer, request.max_new_tokens, sampling, read=read):
+        read = partial(self._questions.prefill, None, parts.engine)
+        for token in answer(parts.engine, sequence, parts.tokenizer, request.max_new_tokens, request.sampling, read):
             ids.append(token)
             yield Token(token, parts.tokenizer.decode(ids))
 
@@ -185,21 +185,20 @@ class LancePipeline:
         if request.context is not None:
             return request.context
         tokenizer, visuals = self.components.tokenizer, list(self._visuals(request))
-        system = request.instruction or system_sentence(request.task, request.question)
+        system = request.instruction or system_sentence(request.task, asked=bool(request.question))
         context = open_context(tokenizer, system, visuals)
         if request.understands:
-            return asking(tokenizer, context, request.question)
-        return drawing(tokenizer, context, request.prompt)
+            return question_context(tokenizer, context, request.question)
+        return generation_context(tokenizer, context, tokenizer.encode(request.prompt))
 
     def _visuals(self, request: Request) -> Iterator[Segment]:
         """Segments of every source, in order; i2v's image is a given frame and no segment."""
         if request.task == "i2v":
             return
-        role = None if request.understands else Modality.EDIT_SOURCE
-        role = Modality.SUBJECT if request.task.startswith("subject") else role
+        role = source_modality(request.task)
         for frames in [request.video] if request.video is not None else request.images:
             if role is None:
-                yield self._seen.tokens(frames, request.preset, partial(vit_segment, self.components))
+                yield self._vision_tokens.tokens(frames, request.preset, partial(vit_segment, self.components))
             else:
                 yield from source_segments(self.components, frames, request.preset, role)
 

@@ -14,7 +14,7 @@ from .config import LanceConfig
 from .context import Layout, Mode, Segment, Split, VisionTokens
 from .engine import Engine
 from .kv_cache import KVCache
-from .model.attention import causal_attention, shapes_of_their_own
+from .model.attention import causal_attention, without_cudnn_attention
 from .model.embeddings import latent_position_embedding
 from .model.rope import Rope
 from .model.transformer import Streams
@@ -26,17 +26,17 @@ class Branch:
     """All that a denoising step needs of one guidance branch; computed once per run.
 
     layout: what it was made of. cache: the prefix. rope: tables of the target's two vision tokens and of its latents.
-    boundary: embeddings (1, 2, D) of the two vision tokens. places: position embeddings (tokens, D) of the latents.
+    boundary: embeddings (1, 2, D) of the two vision tokens. position_embeddings (tokens, D): of the latents.
     """
 
     layout: Layout
     cache: KVCache
     rope: Streams
     boundary: Tensor
-    places: Tensor
+    position_embeddings: Tensor
 
 
-@shapes_of_their_own()
+@without_cudnn_attention()
 def prefill(engine: Engine, layout: Layout, cache: KVCache | None = None, done: int = 0) -> tuple[KVCache, Any]:
     """Run the splits before the target; returns the cache and the last block's final states (1, L, D).
 
@@ -67,20 +67,21 @@ def blocks(layout: Layout, done: int = 0) -> list[list[Split]]:
 
 def branch(engine: Engine, layout: Layout, beside: Iterable[Branch] = ()) -> Branch:
     """Prefill a layout and prepare its target. beside: branches of the same engine, whose pictures need no second reading."""
-    cache, _ = prefill(engine, layout, *_begun(layout, beside))
+    done, other = already_read(layout, beside)
+    lengths = [len(split) for split in layout.prefix]
+    begun = None if other is None else other.cache.clone(sum(lengths), sum(lengths[:done]))
+    cache, _ = prefill(engine, layout, begun, done)
     target = layout.target
     boundary = engine.embed([layout.vision.start, layout.vision.end])
-    return Branch(layout, cache, _visual_rope(engine, target.positions), boundary, target_places(engine, target.segment.grid))
+    positions = latent_positions(engine, target.segment.grid)
+    return Branch(layout, cache, _visual_rope(engine, target.positions), boundary, positions)
 
 
-def _begun(layout: Layout, beside: Iterable[Branch]) -> tuple[KVCache | None, int]:
-    """A cache of the first splits, up to the last visual, that another branch has read too; and how many they are."""
-    shared = [(shared_splits(layout, other.layout), other.cache) for other in beside]
-    done, cache = max(shared, key=lambda pair: pair[0], default=(0, None))
-    if not done or cache is None:
-        return None, 0
-    lengths = [len(split) for split in layout.prefix]
-    return cache.clone(sum(lengths), sum(lengths[:done])), done
+def already_read(layout: Layout, beside: Iterable[Branch]) -> tuple[int, Branch | None]:
+    """How many of the first splits, up to a visual, another branch has read too; and which one (None: none has)."""
+    shared = [(shared_splits(layout, other.layout), other) for other in beside]
+    done, other = max(shared, key=lambda pair: pair[0], default=(0, None))
+    return (done, other) if done else (0, None)
 
 
 def shared_splits(layout: Layout, other: Layout) -> int:
@@ -93,7 +94,7 @@ def shared_splits(layout: Layout, other: Layout) -> int:
     return shared
 
 
-def target_places(engine: Engine, grid: LatentShape) -> Tensor:
+def latent_positions(engine: Engine, grid: LatentShape) -> Tensor:
     """Position embeddings (tokens, D) of a latent grid."""
     return latent_position_embedding(grid, engine.model.config.hidden_size, engine.device).to(engine.dtype)
 
@@ -123,14 +124,14 @@ def _embed(engine: Engine, block: Sequence[Split], vision: VisionTokens) -> tupl
         und = torch.cat([boundary[:, :1], values, boundary[:, 1:]], dim=1)
         return Streams(und=und), Streams(und=engine.rope(positions))
     clean = torch.zeros(1, segment.grid.frames, device=engine.device)
-    gen = engine.model.embed_latents(values, clean, target_places(engine, segment.grid))
+    gen = engine.model.embed_latents(values, clean, latent_positions(engine, segment.grid))
     return Streams(boundary, gen), _visual_rope(engine, positions)
 
 
 def _values(segment: Segment, config: LanceConfig) -> Tensor:
     """Values of a visual; ``ValueError`` where it has none, or those of a model of other sizes."""
     if segment.values is None:
-        raise ValueError(f"A visual segment of {len(segment)} tokens has 0 values.\nBuild it with Segment.vit or .latents.")
+        raise ValueError(f"A visual of {len(segment)} tokens carries no values.\nBuild it with Segment.vit or Segment.latents.")
     full, shape = segment.mode == Mode.FULL, list(segment.values.shape)
     expected = [segment.grid.tokens, config.hidden_size] if full else [config.latent_channels, *segment.grid]
     if shape != expected:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,15 +16,22 @@ from PIL import Image
 from torch import Tensor
 
 from .config import VisionConfig
-from .types import TEMPORAL_STRIDE
+from .types import LANCE_3B, TEMPORAL_STRIDE, VIDEO_FPS
 
-TARGET_FPS = 12
-MAX_SECONDS = 6.0
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 Size = tuple[int, int]
+
+
+class Area(NamedTuple):
+    """A part of a picture, in its pixels, which need not be whole."""
+
+    top: float
+    left: float
+    height: float
+    width: float
 
 
 def to_frames(value: Any) -> np.ndarray:
@@ -49,10 +56,11 @@ def to_frames(value: Any) -> np.ndarray:
     return _array_frames(value)
 
 
-def sample_frames(count: int, fps: float, most_seconds: float = MAX_SECONDS) -> list[int]:
-    """Indices of the frames that the model sees of a clip of ``count`` frames at ``fps``: 12 fps, 6 s at most, 4k + 1.
+def sample_frames(count: int, fps: float, most_seconds: float = LANCE_3B.seconds) -> list[int]:
+    """Indices of the frames that the model sees of a clip of ``count`` frames at ``fps``.
 
-    Indices repeat where the clip is slower than 12 fps. Where the reference fails (a clip shorter than 1/24 s) the first
+    They are 4k + 1, at 12 fps; of a clip longer than ``most_seconds`` as many as of these, spread over all of it. Indices
+    repeat where the clip is slower than 12 fps. Where the reference fails (a clip shorter than 1/24 s) the first
     frame is taken; below 0.5 fps we count as 1 fps, where it would divide by zero. ``ValueError`` for an empty clip and
     for a rate that is not a positive number. (Reference: data/video/sampler/frames.py.)
     """
@@ -61,7 +69,7 @@ def sample_frames(count: int, fps: float, most_seconds: float = MAX_SECONDS) -> 
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"the frame rate is {fps}; it must be a positive number.\nGive the clip's own fps, such as 24.0.")
     seconds = min(count / max(1, round(fps)), most_seconds)
-    wanted = round(seconds * TARGET_FPS)
+    wanted = round(seconds * VIDEO_FPS)
     # A multiple of 4 loses 3 frames and not, as one would think, gains 1: the reference's rule.
     kept = wanted - 3 if wanted % TEMPORAL_STRIDE == 0 else wanted // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
     return np.linspace(0, count - 1, max(1, kept), dtype=int).tolist()
@@ -87,6 +95,17 @@ def vit_size(height: int, width: int, preset: str, vision_config: VisionConfig) 
     cell = vision_config.patch_size * vision_config.spatial_merge_size
     rows, columns = _nearest_bucket(height, width, preset, "vit")
     return rows - rows % cell, columns - columns % cell
+
+
+def vit_area(height: int, width: int, preset: str, vision_config: VisionConfig) -> Area:
+    """The part of a picture of this size that the ViT sees: cut to its bucket's ratio, then to whole tokens."""
+    bucket, seen = _nearest_bucket(height, width, preset, "vit"), vit_size(height, width, preset, vision_config)
+    crop = _crop_to_ratio(height, width, bucket)
+    starts, sizes = [], []
+    for whole, cut, scaled, kept in zip((height, width), crop, bucket, seen, strict=True):
+        starts.append((whole - cut) // 2 + (scaled - kept) // 2 * cut / scaled)
+        sizes.append(kept * cut / scaled)
+    return Area(*starts, *sizes)
 
 
 def vae_pixels(frames: Any, preset: str) -> Tensor:
@@ -138,11 +157,15 @@ def _fit(frames: np.ndarray, size: Size) -> np.ndarray:
 
     Scaling first and cropping after would filter over pixels that the crop removes: other latents (by 0.3 and more).
     """
-    height, width = frames.shape[1:3]
+    crop = _crop_to_ratio(frames.shape[1], frames.shape[2], size)
+    return np.stack([_resize(frame, size) for frame in _centre(frames, crop)])
+
+
+def _crop_to_ratio(height: int, width: int, size: Size) -> Size:
+    """The largest size within height and width that has the ratio of ``size``."""
     ratio = size[1] / size[0]
     # Rounding can leave nothing of a strip one pixel wide.
-    crop = (height, max(1, round(height * ratio))) if width / height > ratio else (max(1, round(width / ratio)), width)
-    return np.stack([_resize(frame, size) for frame in _centre(frames, crop)])
+    return (height, max(1, round(height * ratio))) if width / height > ratio else (max(1, round(width / ratio)), width)
 
 
 def _resize(frame: np.ndarray, size: Size) -> np.ndarray:

@@ -30,11 +30,12 @@ def check_task(task: str) -> None:
         raise ValueError(f"{task!r} is none of the {len(TASKS)} tasks.\nUse one of: {', '.join(TASKS)}.")
 
 
-def system_sentence(task: str, question: str = "") -> str:
+def system_sentence(task: str, asked: bool = False) -> str:
     """The system sentence of a task; for understanding it depends on whether a question is asked.
 
     The reference draws one of four sentences at random for a caption; we always take the first, so that results
-    repeat. (Reference: data/common.py, generate_system_prompt; the subject sentence always says "image".)
+    repeat. For subjects its inference says "image" also where a video is made: it takes the kind of the last thing that it
+    is given. (Reference: data/common.py, generate_system_prompt; data/datasets_custom/validation_dataset.py.)
     """
     check_task(task)
     sentences = _sentences()
@@ -42,7 +43,7 @@ def system_sentence(task: str, question: str = "") -> str:
         return sentences["system"]["subject"].format(modality="image")
     if task in GENERATION_TASKS:
         return sentences["system"][task]
-    if question:
+    if asked:
         return sentences["system"][f"{task}_question"]
     return caption_sentences(task)[0]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import QUANT_TENSOR, TensorFile, is_quantised, model_tensors
+from .checkpoint import QUANT_TENSOR, TensorFile, Tensors, is_quantised, model_tensors
 from .files import header_of
-from .quantized import FORMATS, Format
+from .quant_formats import FORMATS, Format
 from .saving import Piece, Spec, check_new, write_tensors
 
 SCOPES = ("gen", "und", "both")
@@ -68,17 +68,14 @@ class Written:
     after: int = 0
 
 
-def quantize(
-    file: TensorFile, path: Path, plan: Plan, progress: Callable[[int, int], None] | None = None, folder: Path | None = None
-) -> Written:
+def quantize(file: TensorFile, path: Path, plan: Plan, progress: Callable[[int, int], None] | None = None) -> Written:
     """Write a quantised copy of a Lance checkpoint for ComfyUI, with its configuration and tokenizer in the header.
 
-    One weight is in memory at a time. folder: where the small files are, if not beside the checkpoint. ``ValueError`` for
-    a file that is quantised already, or one that is there already.
+    One weight is in memory at a time. ``ValueError`` for a file that is quantised already, or one that is there already.
     """
     check_new(path)
     if is_quantised(file):
-        raise ValueError(f"{file.path.name} is quantised already; 1 time is enough.\nBegin with the full checkpoint.")
+        raise ValueError(f"{file.path.name} is quantised already.\nStart from the full checkpoint.")
     stored, written = model_tensors(file), Written(path)
     chosen = set(plan.chosen(stored.shapes))
     if not chosen:
@@ -90,14 +87,13 @@ def quantize(
     ]
     written.before = sum(Spec(torch.bfloat16, shape).nbytes for shape in file.shapes.values())
     written.after = sum(spec.nbytes for piece in pieces for spec in piece.specs.values())
-    write_tensors(path, pieces, header_of(file, folder), progress)
+    write_tensors(path, pieces, header_of(file), progress)
     return written
 
 
-def copied(tensors: Mapping[str, Tensor], name: str, source: str) -> Piece:
+def copied(tensors: Tensors, name: str, source: str) -> Piece:
     """A tensor of a file as it is, in bfloat16."""
-    shape = tuple(tensors.shapes[source])  # type: ignore[attr-defined]  # of files and what is made of them
-    return Piece({name: Spec(torch.bfloat16, shape)}, lambda: {name: tensors[source].to(torch.bfloat16)})
+    return Piece({name: Spec(torch.bfloat16, tensors.shapes[source])}, lambda: {name: tensors[source].to(torch.bfloat16)})
 
 
 def _quantised(file: TensorFile, name: str, source: str, kind: Format, errors: dict[str, float]) -> Piece:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .context import Context
+from .decode import Sampling, check_length
 from .guidance import Guidance
 from .preprocess import presets, sample_frames, to_frames, vae_size
 from .prompts import UNDERSTANDING_TASKS, VIDEO_TASKS, check_task
@@ -19,7 +20,7 @@ from .types import LANCE_3B, LatentShape, PixelShape, TrainedSizes
 
 LOGGER = logging.getLogger("lance")
 
-# Least and largest number of pictures of each task, and whether it takes a clip.
+# Least and largest number of images of each task.
 PICTURES = {
     "t2i": (0, 0),
     "t2v": (0, 0),
@@ -74,6 +75,11 @@ class Request:
     @property
     def makes_video(self) -> bool:
         return self.task in VIDEO_TASKS
+
+    @property
+    def sampling(self) -> Sampling:
+        """``ValueError`` for a temperature or a share of probability that cannot be."""
+        return Sampling(self.temperature, self.top_p, self.seed)
 
     @property
     def preset(self) -> str:
@@ -169,7 +175,7 @@ class Request:
             raise ValueError(
                 f"{self.task} takes a prompt, and got a question of {len(self.question)} characters.\nPass prompt=."
             )
-        if (self.given_frames and not self.makes_video) or (self.given_frames and self.understands):
+        if self.given_frames and (self.understands or not self.makes_video):
             raise ValueError(f"{self.task} cannot hold {len(self.given_frames)} given frames.\nUse t2v or i2v.")
         if self.task == "i2v" and self.images and 0 in (self.given_frames or {}):
             raise ValueError("i2v has 2 first frames: its image, and given frame 0.\nPass one of them.")
@@ -198,10 +204,13 @@ class Request:
                 f"Seed {self.seed} does not fit into 64 bits with a batch of {self.batch}.\n"
                 f"Use a number from 0 to {2**64 - self.batch}."
             )
-        if self.understands and (self.batch != 1 or self.noise is not None):
-            raise ValueError(
-                f"{self.task} answers one question at a time, not {self.batch}, and draws no noise.\nLeave them out."
-            )
+        if self.understands and self.batch != 1:
+            raise ValueError(f"{self.task} answers 1 question at a time, not {self.batch}.\nLeave batch out.")
+        if self.understands and self.noise is not None:
+            raise ValueError(f"{self.task} draws nothing, and got noise.\nLeave noise out.")
+        if self.understands:
+            check_length(self.max_new_tokens)
+            _ = self.sampling
 
     def _check_preset(self) -> None:
         """A preset of the wrong kind gives sizes that the task was not trained on (image buckets for video, say)."""

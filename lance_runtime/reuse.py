@@ -23,56 +23,59 @@ Kept = TypeVar("Kept")
 PREFIX_BYTES = 640 * 2**20
 # The same clip's ViT tokens (16 240 of 8 KB in float32), or those of 28 pictures.
 TOKEN_BYTES = 136 * 2**20
-# Who asks about more pictures than this in turn asks each once.
-THINGS = 8
+# Cycling through more pictures than this gains nothing: each is evicted before it is asked about again.
+MAX_ENTRIES = 8
 
 
-class Recent(Generic[Kept]):
-    """The things used last, by key; what exceeds ``limit`` bytes in all, or ``things``, goes, the oldest first."""
+class LRUCache(Generic[Kept]):
+    """Values by key, with their sizes: beyond ``max_bytes`` or ``max_entries`` the least recently used are evicted."""
 
-    def __init__(self, limit: int, things: int = THINGS) -> None:
-        self.limit, self.things, self.nbytes = limit, things, 0
-        self._things: OrderedDict[Hashable, tuple[Kept, int]] = OrderedDict()
+    def __init__(self, max_bytes: int, max_entries: int = MAX_ENTRIES) -> None:
+        self.max_bytes, self.max_entries, self.nbytes = max_bytes, max_entries, 0
+        self._entries: OrderedDict[Hashable, tuple[Kept, int]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._things)
+        return len(self._entries)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
 
     def get(self, key: Hashable) -> Kept | None:
-        if key not in self._things:
+        if key not in self._entries:
             return None
-        self._things.move_to_end(key)
-        return self._things[key][0]
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
 
-    def put(self, key: Hashable, thing: Kept, nbytes: int) -> None:
-        """Keep a thing, unless it is larger than all that may be kept."""
-        self.nbytes -= self._things.pop(key, (None, 0))[1]
-        if nbytes > self.limit:
+    def put(self, key: Hashable, value: Kept, nbytes: int) -> None:
+        """Keep a value, unless it alone is larger than ``max_bytes``."""
+        self.nbytes -= self._entries.pop(key, (None, 0))[1]
+        if nbytes > self.max_bytes:
             return
-        self._things[key], self.nbytes = (thing, nbytes), self.nbytes + nbytes
-        while self.nbytes > self.limit or len(self) > self.things:
-            _, (_, size) = self._things.popitem(last=False)
+        self._entries[key], self.nbytes = (value, nbytes), self.nbytes + nbytes
+        while self.nbytes > self.max_bytes or len(self) > self.max_entries:
+            _, (_, size) = self._entries.popitem(last=False)
             self.nbytes -= size
 
     def clear(self) -> None:
-        self._things.clear()
+        self._entries.clear()
         self.nbytes = 0
 
 
-class SeenPictures:
+class VisionTokenCache:
     """ViT tokens of pictures that were read, on the CPU: the same object for the same pixels."""
 
-    def __init__(self, limit: int = TOKEN_BYTES) -> None:
-        self.recent: Recent[Segment] = Recent(limit)
+    def __init__(self, max_bytes: int = TOKEN_BYTES) -> None:
+        self.entries: LRUCache[Segment] = LRUCache(max_bytes)
 
     def tokens(self, frames: np.ndarray, preset: str, encode: Callable[[np.ndarray, str], Any]) -> Segment:
         """The tokens of frames uint8 (T, H, W, 3), which ``encode`` makes where they are new."""
         key = hashlib.sha256(np.ascontiguousarray(frames).data).digest(), frames.shape, preset
-        found = self.recent.get(key)
+        found = self.entries.get(key)
         if found is None:
             new = encode(frames, preset)
             values = new.values.cpu()
             found = replace(new, values=values)
-            self.recent.put(key, found, values.nbytes)
+            self.entries.put(key, found, values.nbytes)
         return found
 
 
@@ -83,34 +86,42 @@ class KeptPrefix(NamedTuple):
     layers: list[Tensor]
 
 
-class Prefixes:
-    """Reads questions, and keeps what each read up to its last visual.
+class PrefixCache:
+    """Keys and values of questions up to their last visual.
 
     A question works on a copy: what it writes behind the prefix, or an interrupt, does not reach what is kept. That lies
     on the CPU, where it takes nothing from the device between two questions; copying 21 MB is nothing beside reading them.
     """
 
-    def __init__(self, limit: int = PREFIX_BYTES) -> None:
-        self.recent: Recent[KeptPrefix] = Recent(limit)
+    def __init__(self, max_bytes: int = PREFIX_BYTES) -> None:
+        self.entries: LRUCache[KeptPrefix] = LRUCache(max_bytes)
 
-    def read(self, weights: Hashable, engine: Engine, sequence: Layout) -> tuple[KVCache, Any]:
-        """As ``prefill``. weights: whatever tells apart the weights that may be in place."""
-        done = 1 + max((i for i, split in enumerate(sequence.prefix) if split.segment.is_visual), default=-1)
-        if done == 0 or torch.is_grad_enabled():
-            return prefill(engine, sequence)
-        segments = tuple(split.segment for split in sequence.prefix[:done])
-        key = (weights, engine.dtype, engine.device, *(segment.identity for segment in segments))
-        cache = KVCache(engine.model.config, sum(map(len, sequence.prefix)), engine.dtype, engine.device)
-        kept = self.recent.get(key)
+    def prefill(self, weights: Hashable, engine: Engine, layout: Layout) -> tuple[KVCache, Any]:
+        """As ``prefill.prefill``. weights: whatever tells apart the weights that may be in place."""
+        segments = _up_to_last_visual(layout)
+        if not segments or torch.is_grad_enabled():
+            return prefill(engine, layout)
+        done, key = len(segments), _key(weights, engine, segments)
+        cache = KVCache(engine.model.config, sum(map(len, layout.prefix)), engine.dtype, engine.device)
+        kept = self.entries.get(key)
         if kept is None:
-            prefill(engine, replace(sequence, splits=sequence.splits[:done]), cache)
+            prefill(engine, replace(layout, splits=layout.splits[:done]), cache)
             layers = [layer[:, :, :, : cache.length].to("cpu", copy=True) for layer in cache.layers]
-            self.recent.put(key, KeptPrefix(segments, layers), sum(layer.nbytes for layer in layers))
+            self.entries.put(key, KeptPrefix(segments, layers), sum(layer.nbytes for layer in layers))
         else:
             cache.fill(kept.layers)
-        return prefill(engine, sequence, cache, done)
+        return prefill(engine, layout, cache, done)
+
+    def splits_kept(self, weights: Hashable, engine: Engine, layout: Layout) -> int:
+        """How many of the first splits ``prefill`` would not read again."""
+        segments = _up_to_last_visual(layout)
+        return len(segments) if _key(weights, engine, segments) in self.entries else 0
 
 
-def reading(prefixes: Prefixes, weights: Hashable) -> Callable[[Engine, Layout], tuple[KVCache, Any]]:
-    """``Prefixes.read`` in the form of ``prefill``."""
-    return lambda engine, sequence: prefixes.read(weights, engine, sequence)
+def _up_to_last_visual(layout: Layout) -> tuple[Segment, ...]:
+    segments = tuple(split.segment for split in layout.prefix)
+    return segments[: 1 + max((i for i, segment in enumerate(segments) if segment.is_visual), default=-1)]
+
+
+def _key(weights: Hashable, engine: Engine, segments: tuple[Segment, ...]) -> Hashable:
+    return weights, engine.dtype, engine.device, *(segment.identity for segment in segments)

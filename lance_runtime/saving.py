@@ -58,7 +58,7 @@ def write_tensors(
     The file gets its name when it is complete: an interrupted run leaves a ``.part`` and no broken file.
     """
     check_new(path)
-    header, places = _header([spec for piece in pieces for spec in piece.specs.items()], metadata)
+    header, offsets = _header([spec for piece in pieces for spec in piece.specs.items()], metadata)
     total = sum(spec.nbytes for piece in pieces for spec in piece.specs.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished, done = path.with_suffix(".part"), 0
@@ -66,32 +66,32 @@ def write_tensors(
         stream.write(header)
         stream.truncate(len(header) + total)
         for piece in pieces:
-            _write(stream, piece, places, len(header))
+            _write(stream, piece, offsets, len(header))
             done += sum(spec.nbytes for spec in piece.specs.values())
             if progress is not None:
                 progress(done, total)
     unfinished.replace(path)
 
 
-def _write(stream: BinaryIO, piece: Piece, places: Mapping[str, int], start: int) -> None:
+def _write(stream: BinaryIO, piece: Piece, offsets: Mapping[str, int], start: int) -> None:
     """A function of its own, so that its tensors are gone when the next are made."""
     for name, tensor in piece.make().items():
         _check(name, tensor, piece.specs[name])
-        stream.seek(start + places[name])
+        stream.seek(start + offsets[name])
         stream.write(_bytes(tensor))
 
 
 def _header(specs: Sequence[tuple[str, Spec]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The header's bytes, and where each tensor begins behind it: the widest types first, so that all are aligned."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    places, offset = {}, 0
+    offsets, end = {}, 0
     for name, spec in sorted(specs, key=lambda pair: (-pair[1].dtype.itemsize, pair[0])):
-        offsets = [offset, offset + spec.nbytes]
-        entries[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-        places[name], offset = offset, offsets[1]
+        offsets[name], end = end, end + spec.nbytes
+        span = [offsets[name], end]
+        entries[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
     text = json.dumps(entries, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, places
+    return len(text).to_bytes(8, "little") + text, offsets
 
 
 def _check(name: str, tensor: Tensor, spec: Spec) -> None:

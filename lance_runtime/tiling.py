@@ -46,19 +46,19 @@ def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: 
     if len(rows) == len(columns) == 1:
         return function(x)
     out_unit = round(unit * scale)  # a latent in the result
-    result: Tensor | None = None
     total = torch.zeros(height * out_unit, width * out_unit, device=x.device)
+    result = torch.zeros((), device=x.device)
     for top, bottom in rows:
         for left, right in columns:
             made = function(x[..., top * unit : bottom * unit, left * unit : right * unit])
             made = made.float()  # bfloat16 has no room for sums
             weight = _fade(top, bottom, height, overlap, out_unit)[:, None] * _fade(left, right, width, overlap, out_unit)
-            if result is None:
+            if not result.ndim:  # only now is it known how many channels and frames there are
                 result = made.new_zeros(*made.shape[:-2], *total.shape)
             place = (..., slice(top * out_unit, bottom * out_unit), slice(left * out_unit, right * out_unit))
             result[place] += made * weight.to(made)
             total[place] += weight.to(total)
-    return result.div_(total.to(result)) if result is not None else function(x)
+    return result.div_(total.to(result))
 
 
 def _fade(start: int, end: int, length: int, overlap: int, unit: int) -> Tensor:

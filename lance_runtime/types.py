@@ -17,6 +17,7 @@ from torch import Tensor
 
 SPATIAL_STRIDE = 16
 TEMPORAL_STRIDE = 4
+VIDEO_FPS = 12  # of every video that Lance sees or draws
 
 # Unmasked attention over equal numbers of heads: q (B, H, Lq, d), k and v (B, H, Lk, d) -> (B, H, Lq, d).
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -76,7 +77,8 @@ class TrainedSizes(NamedTuple):
     """What a model was trained on, and so what is drawn when nobody asks for a size. The defaults are Lance 3B's.
 
     image_preset, video_preset: the largest resolutions of ``preprocess.presets`` for sources. image, video: height and
-    width in pixels. frames: of a clip by default; most_frames: the longest trained. seconds: how much of a clip is seen.
+    width in pixels. frames: of a clip by default; most_frames: the longest trained. seconds: the longest source that is
+    sampled at all 12 frames a second; longer ones give as many frames, spread over all of it.
     """
 
     image_preset: str = "image_768res"

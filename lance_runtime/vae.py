@@ -17,7 +17,7 @@ from .tiling import decode_tiled, encode_tiled
 from .types import TEMPORAL_STRIDE, LatentShape, PixelShape
 
 CHANNELS = 48
-CHANNELS_LAST_CUDNN = range(90800, 91500)
+CHANNELS_LAST_CUDNN = range(90800, 91500)  # releases for which weights are laid out anew: see _laid_out
 
 # diffusers' names -> Wan's, applied in this order to every key. diffusers' own conversion knows Wan 2.1 only, and lets
 # 36 of the 196 keys of Wan 2.2 collide without a word.
@@ -71,7 +71,9 @@ class WanVAE:
         ``ValueError`` for Wan 2.1's VAE, for missing or unknown keys, and for shapes that do not fit.
         """
         _refuse_wan21(tensors)
-        module = _build(tensors)
+        encoder, decoder = tensors.get("encoder.conv1.weight"), tensors.get("decoder.conv1.weight")
+        with torch.device("meta"):  # as wide as the weights are
+            module = build_vae(160 if encoder is None else encoder.shape[0], 256 if decoder is None else decoder.shape[0] // 4)
         names = {original_name(key): key for key in module.state_dict()}
         check_names(_shapes({name: module.state_dict()[key] for name, key in names.items()}), _shapes(tensors))
         state = {key: _laid_out(tensors[name].to(device=device, dtype=dtype)) for name, key in names.items()}
@@ -152,26 +154,24 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _build(tensors: Mapping[str, Tensor]) -> Any:
-    """The module on the meta device, as wide as the weights (tiny ones for tests, Wan's 160 and 256)."""
+def build_vae(base_dim: int = 160, decoder_base_dim: int = 256) -> Any:
+    """diffusers' ``AutoencoderKLWan`` as Wan 2.2 has it, with first weights; Wan's own widths by default."""
     # Here and not above: the runtime is also used where ComfyUI's VAE serves, without diffusers.
     from diffusers import AutoencoderKLWan
 
-    encoder, decoder = tensors.get("encoder.conv1.weight"), tensors.get("decoder.conv1.weight")
-    with torch.device("meta"):
-        return AutoencoderKLWan(
-            base_dim=160 if encoder is None else encoder.shape[0],
-            decoder_base_dim=256 if decoder is None else decoder.shape[0] // 4,
-            z_dim=CHANNELS,
-            dim_mult=[1, 2, 4, 4],
-            num_res_blocks=2,
-            temperal_downsample=[False, True, True],
-            is_residual=True,
-            patch_size=2,
-            in_channels=12,
-            out_channels=12,
-            scale_factor_spatial=16,
-        )
+    return AutoencoderKLWan(
+        base_dim=base_dim,
+        decoder_base_dim=decoder_base_dim,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        scale_factor_spatial=16,
+    )
 
 
 def _check_pixels(pixels: Tensor) -> LatentShape:

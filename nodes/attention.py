@@ -7,14 +7,20 @@ from torch import Tensor
 from ..lance_runtime.types import AttentionFunction
 
 
-def comfy_attention(options: dict) -> AttentionFunction:
-    """options: ComfyUI's transformer_options, in which another node may override attention."""
+def comfy_attention(options: dict | None = None) -> AttentionFunction:
+    """options: ComfyUI's transformer_options, in which another node may override attention; None for what is read once.
+
+    What is read once (contexts, questions, pictures) goes in full precision: SageAttention would make 8 bits of it, to
+    little gain, and every step and every token would see that.
+    """
+    precise = {} if options is not None else {"low_precision_attention": False}
+    options = {} if options is None else options
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q.shape[1]
         # The choice was made for ComfyUI's own device; a CLIP that is sent to the CPU needs one that works there.
         own = q.device.type == comfy.model_management.get_torch_device().type
         backend = optimized_attention if own else optimized_attention_for_device(q.device)
-        return backend(q, k, v, heads, skip_reshape=True, skip_output_reshape=True, transformer_options=options)
+        return backend(q, k, v, heads, skip_reshape=True, skip_output_reshape=True, transformer_options=options, **precise)
 
     return attention

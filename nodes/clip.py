@@ -1,6 +1,7 @@
 """Lance as ComfyUI's CLIP: the MODEL's own module behind a wrapper without parameters."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -10,11 +11,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..lance_runtime.context import Context, Segment, asking, layout, open_context
+from ..lance_runtime.context import Context, Segment, layout, open_context, question_context
 from ..lance_runtime.decode import Sampling, answer
 from ..lance_runtime.engine import Engine
 from ..lance_runtime.prompts import system_sentence
-from ..lance_runtime.reuse import reading
 from ..lance_runtime.tokenizer import LanceTokenizer
 from ..lance_runtime.types import TrainedSizes
 from .attention import comfy_attention
@@ -25,7 +25,7 @@ from .vit import VisionTower
 
 TOKENS = "lance"
 GENERATE_TEXT_FPS = 24.0
-WIDE_ROWS = 4  # what a layer holds for each token, in rows of an MLP's width: 3.2, counted
+WIDE_ROWS = 4  # what a layer holds for a token while it reads, in rows of intermediate_size; 3.2 were counted
 
 
 class LanceClipTokenizer:
@@ -41,6 +41,13 @@ class LanceClipTokenizer:
         self, text: str, return_word_ids: bool = False, image: Tensor | None = None, video: Tensor | None = None, **options: Any
     ) -> dict:
         """Ids of the text, and the whole question for ``generate`` (image: a batch of images; video: 24 fps)."""
+        if options.get("images"):  # as Text Encode Qwen Image Edit has them
+            raise ValueError(
+                f"A prompt of Lance holds no pictures, and got {len(options['images'])}.\n"
+                "Use Lance Edit or Lance Subject, and connect its context to Lance Conditioning."
+            )
+        if options.get("audio") is not None:
+            raise ValueError("Lance hears nothing, and got a sound.\nDisconnect it.")
         bare = options.get("skip_template", False)
         ids = self.tokenizer.encode_template(text) if bare else self.tokenizer.encode(text)
         row = [(i, 1.0, n) if return_word_ids else (i, 1.0) for n, i in enumerate(ids)]
@@ -100,13 +107,13 @@ class LanceTextModel(torch.nn.Module):
         """
         context = tokens.get("context") or (self._question(tokens) if tokens.get("visuals") else None)
         config, dtype = self.owner.diffusion_model.config, self.owner.get_dtype_inference()
-        kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         if context is None:
             return 0
-        return sum(layout(context).split_lens) * (kept + WIDE_ROWS * config.intermediate_size) * dtype.itemsize
+        a_token = config.kv_values_per_token + WIDE_ROWS * config.intermediate_size
+        return sum(layout(context).split_lens) * a_token * dtype.itemsize
 
     def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None, dict]:
-        recipe = Recipe(tokens["text"], tuple(int(token[0]) for token in tokens[TOKENS][0]))
+        recipe = Recipe(tuple(int(token[0]) for token in tokens[TOKENS][0]))
         return recipe.tagged(), None, {CONDITIONING_KEY: recipe}
 
     def load_sd(self, state: dict) -> tuple[list, list]:
@@ -126,8 +133,9 @@ class LanceTextModel(torch.nn.Module):
         presence_penalty: float = 0.0,
     ) -> list[int]:
         """ComfyUI's Generate Text: an answer about the pictures, or a continuation of the text."""
-        drawn = temperature if do_sample else 0.0
-        sampling = Sampling(drawn, top_p, seed or 0, top_k, min_p, repetition_penalty, presence_penalty)
+        # A top_p of 0 is one token to choose from.
+        drawn, share = (temperature, top_p) if do_sample and top_p > 0 else (0.0, 1.0)
+        sampling = Sampling(drawn, share, seed or 0, top_k, min_p, repetition_penalty, presence_penalty)
         return list(self.answer(self._question(tokens), max_length, sampling, self._loaded()))
 
     @torch.no_grad()
@@ -139,11 +147,11 @@ class LanceTextModel(torch.nn.Module):
         patcher: the one that is loaded, where another device has been chosen for this CLIP: it may hold a copy.
         """
         model, device = (self.owner, self.device) if patcher is None else (patcher.model, patcher.load_device)
-        engine = Engine(model.diffusion_model, model.get_dtype_inference(), device, comfy_attention({}))
+        engine = Engine(model.diffusion_model, model.get_dtype_inference(), device, comfy_attention())
         sequence = layout(context)
-        reader = with_prefill_progress(engine, sequence)
-        read = reading(model.prefixes_read, model.weights_in_place())
-        ids = answer(engine, sequence, self.tokenizer, max_length, sampling, reader, read)
+        cache, weights = model.question_cache, model.weights_in_place()
+        shown = with_prefill_progress(engine, sequence, cache.splits_kept(weights, engine, sequence))
+        ids = answer(engine, sequence, self.tokenizer, max_length, sampling, partial(cache.prefill, weights, shown))
         bar = comfy.utils.ProgressBar(max_length)
         for token in ids:
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -162,13 +170,33 @@ class LanceTextModel(torch.nn.Module):
         if tokens["bare"]:
             ids = [token[0] for token in tokens[TOKENS][0]]
             return Context((*tokens["visuals"], Segment.text(ids)), context.vision)
-        system = system_sentence("x2t_video" if tokens["video"] else "x2t_image", tokens["text"])
-        return asking(self.tokenizer, open_context(self.tokenizer, system, tokens["visuals"]), tokens["text"])
+        system = system_sentence("x2t_video" if tokens["video"] else "x2t_image", asked=bool(tokens["text"]))
+        return question_context(self.tokenizer, open_context(self.tokenizer, system, tokens["visuals"]), tokens["text"])
+
+
+class LanceCLIP(comfy.sd.CLIP):
+    """ComfyUI's CLIP, but a prompt becomes a recipe without the weights: they need not be loaded for it.
+
+    (MODEL has them too. With other LoRAs than CLIP's, ComfyUI would take these out of all of them, and put them in again.)
+    """
+
+    def clone(self, disable_dynamic: bool = False) -> "LanceCLIP":
+        clone = LanceCLIP(no_init=True)
+        vars(clone).update(vars(super().clone(disable_dynamic=disable_dynamic)))
+        return clone
+
+    def encode_from_tokens(self, tokens: dict, return_pooled: bool | str = False, return_dict: bool = False) -> Any:
+        cond, pooled, extra = self.cond_stage_model.encode_token_weights(tokens)
+        if return_dict:
+            found = {"cond": cond, "pooled_output": pooled, **extra}
+            self.add_hooks_to_dict(found)
+            return found
+        return (cond, pooled) if return_pooled else cond
 
 
 def make_clip(patcher: Any, tower: VisionTower) -> comfy.sd.CLIP:
     """A CLIP over a clone of the MODEL's patcher: one copy of the weights, each side with LoRAs of its own."""
-    clip = comfy.sd.CLIP(no_init=True)
+    clip = LanceCLIP(no_init=True)
     clip.patcher = patcher.clone()
     clip.patcher.is_clip = True
     clip.cond_stage_model = LanceTextModel(patcher.model, tower)

@@ -21,9 +21,8 @@ def conditionings(
     positions: "cached" or "dense"; it matters where there is no negative prompt (``unconditional_layout``).
     """
     ids, negative_ids = (tuple(lance.tokenizer.encode(text)) for text in (prompt, negative))
-    conditional = prompt if positions == "cached" else None
     return (
-        conditioning(Recipe(prompt, ids, context)),
-        conditioning(Recipe(negative, negative_ids, context, conditional)),
-        conditioning(Recipe(negative, negative_ids, context, visuals=False)),
+        conditioning(Recipe(ids, context)),
+        conditioning(Recipe(negative_ids, context, ids if positions == "cached" else None)),
+        conditioning(Recipe(negative_ids, context, visuals=False)),
     )

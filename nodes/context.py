@@ -8,6 +8,8 @@ from ..lance_runtime.types import Modality
 from .clip import lance_of
 from .pictures import (
     AS_IS,
+    FPS,
+    SAMPLED,
     empty_latent,
     encode_source,
     fps_input,
@@ -33,11 +35,11 @@ class LanceNativeViTEncode(io.ComfyNode):
             node_id="LanceNativeViTEncode",
             display_name="Lance ViT Encode",
             category=CATEGORY,
-            description="Reads a picture or clip for its meaning, as tokens for a Lance Context.",
+            description="Reads a picture or video for its meaning, as tokens for a Lance Context.",
             search_aliases=["clip vision encode", "vision", "lance vision"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
-                source_input(tooltip="An image, several images in a row as a clip, or a video."),
+                source_input("source", tooltip="An image, several images in a row (a video), or a VIDEO."),
                 resolution_input(),
                 fps_input(),
             ],
@@ -58,16 +60,16 @@ class LanceNativeVAEEncode(io.ComfyNode):
             node_id="LanceNativeVAEEncode",
             display_name="Lance VAE Encode",
             category=CATEGORY,
-            description="Encodes a picture or clip at a size that Lance was trained on.",
+            description="Encodes a picture or video at a size that Lance was trained on.",
             search_aliases=["vae encode", "bucket", "lance latents"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The VAE of Load Lance."),
-                source_input(tooltip="An image, several images in a row as a clip, or a video."),
+                source_input("source", tooltip="An image, several images in a row (a video), or a VIDEO."),
                 resolution_input(AS_IS),
                 fps_input(),
             ],
             outputs=[
-                io.Latent.Output(tooltip="The encoded picture or clip."),
+                io.Latent.Output(tooltip="The encoded picture or video."),
                 io.Int.Output(display_name="width", tooltip="Width in pixels."),
                 io.Int.Output(display_name="height", tooltip="Height in pixels."),
                 io.Int.Output(display_name="frames", tooltip="Number of frames."),
@@ -89,7 +91,7 @@ class LanceNativeContext(io.ComfyNode):
             node_id="LanceNativeContext",
             display_name="Lance Context",
             category=CATEGORY,
-            description="Lays pictures and words out in the order in which Lance shall see them. Chain several to interleave.",
+            description="Lays pictures and words out in the order in which Lance should see them. Chain several to interleave.",
             search_aliases=["interleave", "multi turn", "reference", "lance prompt"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
@@ -107,7 +109,7 @@ class LanceNativeContext(io.ComfyNode):
                     "ViT tokens are looked at, whatever the role.",
                 ),
                 io.String.Input(
-                    "text", multiline=True, default="", tooltip="Words behind the visuals of this node; may be empty."
+                    "text", multiline=True, default="", tooltip="Words after the visuals of this node; may be empty."
                 ),
                 io.Autogrow.Input(
                     "visuals",
@@ -140,7 +142,7 @@ class LanceNativeContext(io.ComfyNode):
     ) -> io.NodeOutput:
         tokenizer = lance_of(clip).tokenizer
         if context is None:
-            sentence = system if task == OWN_SYSTEM else system_sentence(task, "?" if task.startswith("x2t") else "")
+            sentence = system if task == OWN_SYSTEM else system_sentence(task, asked=task.startswith("x2t"))
             context = open_context(tokenizer, sentence)
         context = context.extended(_segment(visual, role) for visual in (visuals or {}).values() if visual is not None)
         return io.NodeOutput(context.with_text(tokenizer.encode(text)) if text else context)
@@ -149,11 +151,13 @@ class LanceNativeContext(io.ComfyNode):
 def _segment(visual: Any, role: str) -> Segment:
     if isinstance(visual, Segment):
         return visual
+    latents = normalised(visual)
     if ROLES[role] == Modality.VIT:
         raise ValueError(
-            "The role 'look' takes ViT tokens, and got latents of 48 channels.\nUse Lance ViT Encode, or another role."
+            f"The role 'look' takes ViT tokens, and got latents of {len(latents)} channels.\n"
+            "Use Lance ViT Encode, or another role."
         )
-    return Segment.latents(normalised(visual), ROLES[role])
+    return Segment.latents(latents, ROLES[role])
 
 
 def _both_streams(clip: Any, vae: Any, source: Any, resolution: str, fps: float, role: Modality) -> list[Segment]:
@@ -183,7 +187,7 @@ class LanceNativeEdit(io.ComfyNode):
                 io.Video.Input(
                     "video",
                     optional=True,
-                    tooltip="A clip to change, seen at 12 frames a second; more than 6 s are thinned out.",
+                    tooltip="A video to change. " + SAMPLED,
                 ),
                 resolution_input(),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Results to draw at once."),
@@ -203,7 +207,7 @@ class LanceNativeEdit(io.ComfyNode):
         if not sources:
             raise ValueError("Lance Edit has 0 pictures to change; it needs 1 or more.\nConnect an image or a video.")
         task = "image_edit" if video is None else "video_edit"
-        parts = [_both_streams(clip, vae, source, resolution, 24.0, Modality.EDIT_SOURCE) for source in sources]
+        parts = [_both_streams(clip, vae, source, resolution, FPS, Modality.EDIT_SOURCE) for source in sources]
         context = open_context(lance_of(clip).tokenizer, system_sentence(task), [s for part in parts for s in part])
         return io.NodeOutput(context, empty_latent(context.segments[-1].grid, batch_size))
 
@@ -234,7 +238,7 @@ class LanceNativeSubject(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, vae: Any, resolution: str, images: dict) -> io.NodeOutput:
         parts = [
-            _both_streams(clip, vae, image[:1], resolution, 24.0, Modality.SUBJECT)
+            _both_streams(clip, vae, image[:1], resolution, FPS, Modality.SUBJECT)
             for image in images.values()
             if image is not None
         ]

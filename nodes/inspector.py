@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..lance_runtime.config import LanceConfig
-from ..lance_runtime.context import Context, Layout, Mode, Split, drawing, layout
+from ..lance_runtime.context import Context, Layout, Mode, Split, generation_context, layout
 from ..lance_runtime.types import Modality
 from .clip import LanceTextModel, lance_of
 from .pictures import grid_of
@@ -47,7 +47,7 @@ class LanceNativeContextInspector(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
                 LanceContext.Input("context", tooltip="The context to look at."),
-                io.String.Input("prompt", multiline=True, default="", tooltip="The prompt to show behind it; may be empty."),
+                io.String.Input("prompt", multiline=True, default="", tooltip="The prompt to show after it; may be empty."),
                 io.Latent.Input("latent", optional=True, tooltip="The latent to begin with: shows the target too."),
             ],
             outputs=[
@@ -61,7 +61,7 @@ class LanceNativeContextInspector(io.ComfyNode):
     def execute(cls, clip: Any, context: Context, prompt: str, latent: dict | None = None) -> io.NodeOutput:
         lance = lance_of(clip)
         target = None if latent is None else grid_of(latent)
-        sequence = layout(drawing(lance.tokenizer, context, prompt), target)
+        sequence = layout(generation_context(lance.tokenizer, context, lance.tokenizer.encode(prompt)), target)
         text = describe(sequence, lance)
         picture = torch.from_numpy(np.asarray(draw(sequence, text))).float().div(255)[None]
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
@@ -85,7 +85,7 @@ def describe(sequence: Layout, lance: LanceTextModel) -> str:
     total = f"{start} tokens, {prefix} before the target; cache {cache_megabytes(lance, prefix):.1f} MB"
     if prefix < start:
         cost = step_cost(lance.owner.diffusion_model.config, start - prefix, start) / 1e12
-        total += f"\na step: {cost:.3g} TFLOP, and once more while guidance is on"
+        total += f"\na step: {cost:.3g} TFLOP, twice that while guidance is on"
     return "\n".join([*lines, total])
 
 
@@ -107,7 +107,7 @@ def _understands(split: Split) -> bool:
 def cache_megabytes(lance: LanceTextModel, tokens: int) -> float:
     """Keys and values of a prefix in the type that the model computes in."""
     config, size = lance.owner.diffusion_model.config, lance.owner.get_dtype_inference().itemsize
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size * tokens / 2**20
+    return config.kv_values_per_token * size * tokens / 1e6
 
 
 def draw(sequence: Layout, text: str) -> Image.Image:

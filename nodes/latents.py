@@ -3,20 +3,20 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..lance_runtime.types import LANCE_3B, TEMPORAL_STRIDE, LatentShape, PixelShape, TrainedSizes
+from ..lance_runtime.types import LANCE_3B, TEMPORAL_STRIDE, VIDEO_FPS, LatentShape, PixelShape, TrainedSizes
 from ..lance_runtime.visuals import encode_given
 from .model import check_model
-from .pictures import FORMAT, empty_latent, encode, frames_of, grid_of, normalised
+from .pictures import FORMAT, empty_latent, encode, frames_of, grid_of, is_video, normalised, source_input
 from .progress import node_of, say
 from .schema import CATEGORY, io
 
 CUSTOM = "custom"
-VIDEO_FPS = 12
 LARGER = 1.02  # buckets of one size class differ by this much in area
-# Published sizes, width x height: images up to 768 x 768, video at 480p and 360p; the second half is upright.
+# Published sizes, width x height; ``_sizes`` adds the portrait ones. Nothing narrower than 9:16 was trained.
 LANDSCAPE = {
     "image": {"21:9": (1168, 496), "16:9": (1024, 576), "3:2": (944, 624), "4:3": (880, 672), "1:1": (768, 768)},
     "480p": {"21:9": (976, 416), "16:9": (848, 480), "3:2": (784, 528), "4:3": (736, 560), "1:1": (640, 640)},
@@ -29,7 +29,7 @@ def _sizes() -> dict[str, tuple[int, int]]:
     for kind, ratios in LANDSCAPE.items():
         for ratio, (width, height) in ratios.items():
             sizes[f"{kind} {ratio}"] = (width, height)
-            if width != height:
+            if width != height and ratio != "21:9":
                 sizes[f"{kind} {':'.join(reversed(ratio.split(':')))}"] = (height, width)
     return sizes
 
@@ -85,6 +85,7 @@ class LanceNativeEmptyLatent(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
             outputs=[
                 io.Latent.Output(tooltip="The empty latent: for a sampler, or for Lance Video Start."),
                 io.Int.Output(display_name="width", tooltip="Width in pixels."),
@@ -119,7 +120,7 @@ def described(shape: PixelShape, sizes: TrainedSizes) -> str:
     most = sizes.image if picture else sizes.video
     beyond = [f"{most[1]} x {most[0]} pixels"] if shape.width * shape.height > LARGER * math.prod(most) else []
     beyond += [f"{sizes.most_frames} frames"] if shape.frames > sizes.most_frames else []
-    warning = f"Nothing beyond {' and '.join(beyond)} was trained: expect repetitions."
+    warning = f"Lance was not trained beyond {' and '.join(beyond)}: things may repeat."
     return f"{note}\n{warning}" if beyond else note
 
 
@@ -130,7 +131,7 @@ class LanceNativeVideoStart(io.ComfyNode):
             node_id="LanceNativeVideoStart",
             display_name="Lance Video Start",
             category=CATEGORY,
-            description="A video of which some frames are given: the first, the last, any other, or a clip to go on with.",
+            description="A video of which some frames are given: the first, the last, any other, or a video to go on with.",
             search_aliases=["image to video", "first frame", "last frame", "continue video", "i2v", "flf2v"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The VAE of Load Lance."),
@@ -138,8 +139,8 @@ class LanceNativeVideoStart(io.ComfyNode):
                 io.Image.Input("first", optional=True, tooltip="The picture that the video begins with."),
                 io.Image.Input("last", optional=True, tooltip="The picture that it ends with."),
                 io.Image.Input("middle", optional=True, tooltip="A picture on the way, at 'middle_at'."),
-                io.Image.Input(
-                    "continue_from", optional=True, tooltip="Frames of a clip at 12 a second: its end is the beginning."
+                source_input(
+                    "continue_from", optional=True, tooltip="A video whose end is the beginning; or its frames, at 12 a second."
                 ),
                 io.Float.Input(
                     "middle_at",
@@ -167,7 +168,7 @@ class LanceNativeVideoStart(io.ComfyNode):
         first: Tensor | None = None,
         last: Tensor | None = None,
         middle: Tensor | None = None,
-        continue_from: Tensor | None = None,
+        continue_from: Any = None,
     ) -> io.NodeOutput:
         grid, batch = grid_of(latent), latent["samples"].shape[0]
         pictures = _continued(continue_from, overlap) if continue_from is not None else {}
@@ -182,16 +183,25 @@ class LanceNativeVideoStart(io.ComfyNode):
         return io.NodeOutput(_with_given(grid, batch, given.frames, given.latents))
 
 
-def _continued(clip: Tensor, overlap: int) -> dict[int, Any]:
-    """The end of a clip as latent frames: the first is one picture, each later one four."""
-    kept = min(overlap, clip.shape[0])
-    kept = (kept - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
-    frames = clip[-kept:].float().cpu().clamp(0, 1)[..., :3].mul(255).round().to(torch.uint8).numpy()
+def _continued(source: Any, overlap: int) -> dict[int, Any]:
+    """The end of a video as latent frames: the first is one picture, each later one four."""
+    frames = _last_frames(source, overlap)
     pictures = {0: frames[:1]}
-    for index in range(1, math.ceil((kept - 1) / TEMPORAL_STRIDE) + 1):
+    for index in range(1, (len(frames) - 1) // TEMPORAL_STRIDE + 1):
         start = 1 + (index - 1) * TEMPORAL_STRIDE
         pictures[index] = frames[start : start + TEMPORAL_STRIDE]
     return pictures
+
+
+def _last_frames(source: Any, most: int) -> np.ndarray:
+    """The last frames of a VIDEO, taken 12 times a second, or of IMAGEs that are so already: uint8 (4k + 1, H, W, 3)."""
+    step, images = 1.0, source
+    if is_video(source):
+        parts = source.get_components()
+        step, images = float(parts.frame_rate) / VIDEO_FPS, parts.images
+    kept = frames_for(min(most, int((len(images) - 1) / step) + 1), seconds=0.0)
+    indices = [len(images) - 1 - round(step * back) for back in reversed(range(kept))]
+    return images[indices].float().cpu().clamp(0, 1)[..., :3].mul(255).round().to(torch.uint8).numpy()
 
 
 def _with_given(grid: LatentShape, batch: int, frames: list[int], latents: Tensor) -> dict[str, Any]:
@@ -201,4 +211,6 @@ def _with_given(grid: LatentShape, batch: int, frames: list[int], latents: Tenso
     mask = torch.ones(1, 1, *grid)
     mask[:, :, frames] = 0
     start = empty_latent(grid, batch)
-    return {**start, "samples": FORMAT.process_out(values).repeat(batch, 1, 1, 1, 1), "noise_mask": mask}
+    device = start["samples"].device
+    samples = FORMAT.process_out(values).repeat(batch, 1, 1, 1, 1)
+    return {**start, "samples": samples.to(device), "noise_mask": mask.to(device)}

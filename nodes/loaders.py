@@ -70,12 +70,15 @@ class LanceNativeLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str, vit_name: str, vae_name: str) -> bool | str:
-        """As ComfyUI checks combos; but Nano brings its own vision tower and VAE, whatever a workflow names."""
+    def validate_inputs(cls, model_name: str | None, vit_name: str | None, vae_name: str | None) -> bool | str:
+        """As ComfyUI checks combos; but Nano brings its own vision tower and VAE, whatever a workflow names.
+
+        A linked name comes as None, and is looked up when the node runs.
+        """
         if model_name == NANO_CHOICE:
             return True
         for folder, name in (("diffusion_models", model_name), ("text_encoders", vit_name), ("vae", vae_name)):
-            if name != AUTO_VIT and name not in (known := model_files(folder)):
+            if name not in (None, AUTO_VIT) and name not in (known := model_files(folder)):
                 return f"{name!r} is none of the {len(known)} files in models/{folder}: put it there, or choose another."
         return True
 

@@ -19,8 +19,8 @@ from ..lance_runtime.config import LanceConfig
 from ..lance_runtime.denoise import predict_velocity
 from ..lance_runtime.engine import Engine
 from ..lance_runtime.model.transformer import Lance, Streams
-from ..lance_runtime.prefill import Branch, branch
-from ..lance_runtime.reuse import Prefixes
+from ..lance_runtime.prefill import Branch, already_read, branch
+from ..lance_runtime.reuse import PrefixCache
 from ..lance_runtime.tokenizer import LanceTokenizer
 from ..lance_runtime.types import LatentShape, TrainedSizes
 from .attention import comfy_attention
@@ -45,6 +45,7 @@ class LanceDiffusion(Lance):
     ) -> None:
         super().__init__(lance_config, operations, dtype, device)
         self.dtype = dtype
+        self.in_channels = self.out_channels = lance_config.latent_channels  # other nodes (RenormCFG) ask for them
         if dtype is not None and dtype.itemsize == 1:
             self._keep_the_rest(torch.bfloat16)
 
@@ -91,18 +92,18 @@ class LanceDiffusion(Lance):
         **unused: Any,
     ) -> Tensor:
         grid = LatentShape(*x.shape[2:])
-        hooks = partial(run_layer, options, self), partial(patch_attended, options)
+        hooks = partial(run_layer, options, self), partial(patch_attention, options)
         engine = Engine(self, x.dtype, x.device, comfy_attention(options), *hooks)
         branches = [part.branch(engine, grid) if isinstance(part, Prefix) else part for part in prefix]
         times = timesteps[:, None].expand(-1, grid.frames)
         return predict_velocity(engine, x, times if moving is None else times * moving, branches)
 
 
-def patch_attended(options: dict, attended: Tensor) -> Tensor:
+def patch_attention(options: dict, attention: Tensor) -> Tensor:
     """What attention gave, through the patches of other nodes (normalized attention guidance, say)."""
     for patch in options.get("patches", {}).get("attn1_output_patch", ()):
-        attended = patch(attended, {**options, "img_slice": [BOUNDARY_TOKENS, attended.shape[1]]})
-    return attended
+        attention = patch(attention, {**options, "img_slice": [BOUNDARY_TOKENS, attention.shape[1]]})
+    return attention
 
 
 def run_layer(options: dict, model: Lance, index: int, layer: Callable[[Streams], Streams], hidden: Streams) -> Streams:
@@ -144,7 +145,8 @@ class Prefix:
                 self._branches.clear()  # other weights are in place
             sequence = self.recipe.layout(self.tokenizer, grid)
             others = [other._branches[key] for other in beside if key in other._branches]
-            self._branches[key] = branch(with_prefill_progress(engine, sequence, others), sequence, others)
+            done, _ = already_read(sequence, others)
+            self._branches[key] = branch(with_prefill_progress(engine, sequence, done), sequence, others)
         return self._branches[key]
 
     def clear(self) -> None:
@@ -155,7 +157,7 @@ class CONDPrefix(comfy.conds.CONDRegular):
     """Carries a ``Prefix``; conditionings of any length run in one batch, since attention is per branch."""
 
     def process_cond(self, batch_size: int, **kwargs: Any) -> "CONDPrefix":
-        return self._copy_with(self.cond)
+        return CONDPrefix(self.cond)
 
     def can_concat(self, other: "CONDPrefix") -> bool:
         return isinstance(other, CONDPrefix)
@@ -176,7 +178,7 @@ class LanceModel(comfy.model_base.BaseModel):
         self.tokenizer: LanceTokenizer = model_config.tokenizer
         self.variant: str | None = model_config.variant
         self.prefixes: list[Prefix] = []
-        self.prefixes_read = Prefixes()  # of questions
+        self.question_cache = PrefixCache()
         self.header: dict[str, str] = {}  # configuration and tokenizer, which a saved model takes along
         self.memory_usage_factor_conds = ("prefix",)
 
@@ -195,10 +197,15 @@ class LanceModel(comfy.model_base.BaseModel):
         return torch.float32 if found == torch.float16 else found
 
     def process_timestep(self, timestep: Tensor, **kwargs: Any) -> Tensor:
-        # The network sees sigma, whatever multiplier ModelSamplingSD3 or AuraFlow has put here.
-        return timestep / self.model_sampling.multiplier
+        # The network sees sigma, whatever multiplier ModelSamplingSD3 or AuraFlow has put here; Flux's has none.
+        return timestep / getattr(self.model_sampling, "multiplier", 1.0)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
+        if kwargs.get("reference_latents"):
+            raise ValueError(
+                f"This conditioning holds {len(kwargs['reference_latents'])} reference latents; Lance reads 0 of them.\n"
+                "Use Lance Edit or Lance Subject, and connect its context."
+            )
         prefix = Prefix(Recipe.of(kwargs.get(CONDITIONING_KEY), kwargs.get("cross_attn")), self.tokenizer)
         if not self.prefixes and "noise" in kwargs:  # the first of a run
             self._check_variant(frames=kwargs["noise"].shape[2])
@@ -242,7 +249,7 @@ class LanceModel(comfy.model_base.BaseModel):
         """Prefilled outside the (perhaps compiled) network; with gradients the network does it, and nothing is kept."""
         if torch.is_grad_enabled():
             return prefixes
-        engine = Engine(self.diffusion_model, self.get_dtype_inference(), x.device, comfy_attention({}))
+        engine = Engine(self.diffusion_model, self.get_dtype_inference(), x.device, comfy_attention())
         grid = LatentShape(*x.shape[2:])
         return [prefix.branch(engine, grid, self._hooks(), self.prefixes) for prefix in prefixes]
 

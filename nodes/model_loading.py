@@ -24,7 +24,7 @@ from ..lance_runtime.checkpoint import (
 from ..lance_runtime.components import build_lance
 from ..lance_runtime.dequantize import plain_tensors
 from ..lance_runtime.files import HEADER_FILES, header_of, read_config
-from ..lance_runtime.quantized import FULL_PRECISION
+from ..lance_runtime.quant_formats import FULL_PRECISION
 from ..lance_runtime.tokenizer import LanceTokenizer
 from .model import LanceModelConfig
 
@@ -35,8 +35,9 @@ WEIGHT_TYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-INT8_IN_PARTS = 7.5  # memory_usage_factor, derived: products in int32 and float32 beside the two rows that a layer holds
-LEAST_MEMORY = 0.1  # for weights: ComfyUI's own word for none
+# memory_usage_factor where int8 products are first written as int32 and float32; derived, not measured.
+INT8_IN_PARTS = 7.5
+LEAST_MEMORY = 0.1  # bytes for weights: ComfyUI takes 0 for "all there is"
 
 
 class SharedPatcher(comfy.model_patcher.ModelPatcher):
@@ -66,6 +67,8 @@ def load_model(
     patcher_class = comfy.model_patcher.CoreModelPatcher if dynamic else SharedPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
     model.header = {key: text for key, text in header_of(file).items() if key in HEADER_FILES}
+    if not comfy.model_management.is_device_cpu(patcher.offload_device):  # --highvram: no copy in main memory
+        model.to(patcher.offload_device)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     callbacks = comfy.patcher_extension.CallbacksMP
     patcher.add_callback_with_key(callbacks.ON_CLEANUP, "lance", lambda patcher: patcher.model.free_prefixes())
@@ -77,7 +80,7 @@ def load_model(
 def _forget_questions(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
     """When the model is unloaded. ComfyUI also detaches it at each load, to put a clone in its place: nothing changes."""
     if unpatch_all:
-        patcher.model.prefixes_read.recent.clear()
+        patcher.model.question_cache.entries.clear()
 
 
 def _state(file: TensorFile) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import comfy.latent_formats
+import comfy.model_management
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ AS_IS = "as is"
 RESOLUTIONS = [AUTO, *(preset for preset in presets() if preset not in ("image_96res", "video_96p"))]
 FORMAT = comfy.latent_formats.Wan22()
 FPS = 24.0
+SAMPLED = "Seen at 12 frames a second; of more than 6 s, 69 frames spread over all of it."
 
 
 def is_video(source: Any) -> bool:
@@ -62,7 +64,7 @@ def encode(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
             f"This VAE makes latents of {raw.shape[1]} channels; Lance needs {FORMAT.latent_channels}.\n"
             "Use the VAE of Load Lance, or wan2.2_vae.safetensors."
         )
-    return {"samples": raw.float().cpu()}
+    return {"samples": raw.float().to(comfy.model_management.intermediate_device())}
 
 
 def encode_source(vae: Any, frames: np.ndarray, resolution: str) -> dict[str, Tensor]:
@@ -99,13 +101,13 @@ def check_channels(samples: Tensor) -> None:
 def empty_latent(grid: LatentShape, batch: int = 1) -> dict[str, Any]:
     """A LATENT to start from, in ComfyUI's terms of how it relates to pixels."""
     return {
-        "samples": torch.zeros(batch, FORMAT.latent_channels, *grid),
+        "samples": torch.zeros(batch, FORMAT.latent_channels, *grid, device=comfy.model_management.intermediate_device()),
         "downscale_ratio_spacial": SPATIAL_STRIDE,
         "downscale_ratio_temporal": TEMPORAL_STRIDE,
     }
 
 
-def source_input(name: str = "source", optional: bool = False, tooltip: str = "") -> io.MultiType.Input:
+def source_input(name: str, tooltip: str, optional: bool = False) -> io.MultiType.Input:
     return io.MultiType.Input(name, [io.Image, io.Video], optional=optional, tooltip=tooltip)
 
 
@@ -115,7 +117,7 @@ def resolution_input(*more: str) -> io.Combo.Input:
         options=[*RESOLUTIONS, *more],
         default=AUTO,
         tooltip="Size class that the source is cut and scaled to: the bucket with the nearest aspect ratio, as in "
-        "training. 'auto' takes image_768res for an image and video_480p for a clip (and what fits, for Lance Nano).",
+        "training. 'auto' takes image_768res for an image and video_480p for a video (and what fits, for Lance Nano).",
     )
 
 
@@ -126,7 +128,6 @@ def fps_input() -> io.Float.Input:
         min=1.0,
         max=240.0,
         step=0.01,
-        tooltip="Frames per second of several IMAGEs in a row; a VIDEO brings its own. "
-        "Lance sees 12 a second; more than 6 s are thinned out.",
+        tooltip="Frames per second of several IMAGEs in a row; a VIDEO brings its own. " + SAMPLED,
         advanced=True,
     )

@@ -1,7 +1,7 @@
 """Progress: a prefill in ComfyUI's own bar, one mark a layer of every block; and what a sampler does, in words."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,19 +11,18 @@ from server import PromptServer
 from ..lance_runtime.context import Layout
 from ..lance_runtime.engine import Engine
 from ..lance_runtime.model.transformer import Streams
-from ..lance_runtime.prefill import Branch, blocks, shared_splits
+from ..lance_runtime.prefill import blocks
 
 
-def with_prefill_progress(engine: Engine, layout: Layout, beside: Iterable[Branch] = ()) -> Engine:
-    """The same engine, for one prefill of this layout; beside: branches whose pictures are not read again."""
-    done = max((shared_splits(layout, other.layout) for other in beside), default=0)
+def with_prefill_progress(engine: Engine, layout: Layout, done: int = 0) -> Engine:
+    """The same engine, for one prefill of this layout; its first ``done`` splits are not read again."""
     bar = comfy.utils.ProgressBar(len(blocks(layout, done)) * engine.model.config.num_hidden_layers)
 
-    def around(index: int, layer: Callable[[Streams], Streams], hidden: Streams) -> Streams:
+    def advance(index: int, layer: Callable[[Streams], Streams], hidden: Streams) -> Streams:
         bar.update(1)
         return layer(hidden)
 
-    return replace(engine, around=around)
+    return replace(engine, layer_hook=advance)
 
 
 def narrated(callback: Callable[..., None], node: str | None, tokens: int, guided: Sequence[bool]) -> Callable[..., None]:

@@ -5,10 +5,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..lance_runtime.context import Context, Layout, drawing, layout, open_context, unconditional_layout
+from ..lance_runtime.context import (
+    Context,
+    Layout,
+    Mode,
+    Segment,
+    VisionTokens,
+    generation_context,
+    layout,
+    open_context,
+    unconditional_layout,
+)
 from ..lance_runtime.prompts import system_sentence
 from ..lance_runtime.tokenizer import LanceTokenizer
-from ..lance_runtime.types import VISUAL_CONDITIONS, LatentShape
+from ..lance_runtime.types import VISUAL_CONDITIONS, LatentShape, Modality
 
 CONDITIONING_KEY = "lance"
 
@@ -17,15 +27,14 @@ CONDITIONING_KEY = "lance"
 class Recipe:
     """A prompt, and the context before it.
 
-    context: None waits for the target, whose size tells the system sentence (an image's or a video's). conditional: the
-    prompt that this one is the absence of, for the reference's "cached" positions. visuals: whether the context's visual
-    conditions are kept.
+    ids: the prompt's tokens. context: None waits for the target, whose size tells the system sentence (an image's or a
+    video's). conditional: those of the prompt that this one is the absence of, for the reference's "cached" positions.
+    visuals: whether the context's visual conditions are kept.
     """
 
-    prompt: str
     ids: tuple[int, ...]
     context: Context | None = None
-    conditional: str | None = None
+    conditional: tuple[int, ...] | None = None
     visuals: bool = True
 
     @property
@@ -43,21 +52,29 @@ class Recipe:
         """A conditioning's recipe, after ComfyUI's nodes have had it.
 
         A tensor of zeros (ConditioningZeroOut) is no prompt. A tensor that does not belong to the recipe means that
-        two conditionings were merged by their tensors, which would silently drop one of them.
+        two conditionings were merged by their tensors, which would silently drop one of them. A tensor alone (all that
+        ComfyUI keeps of scheduled CLIP hooks) is a prompt without pictures.
         """
+        recipe = recipe or cls._of_tensor(tagged)
         if recipe is None:
             raise ValueError(
-                "This conditioning was not made for Lance: it holds 0 Lance contexts where 1 is needed.\n"
-                "Use CLIP Text Encode or a Lance node with the CLIP of Load Lance."
+                "This conditioning was not made for Lance.\nUse CLIP Text Encode or a Lance node with the CLIP of Load Lance."
             )
         if tagged is None or torch.count_nonzero(tagged) == 0:
-            return replace(recipe, prompt="", ids=())
+            return replace(recipe, ids=())
         if tagged.shape[1] != recipe.length_of_tag or not torch.equal(tagged.float().cpu(), recipe.tagged()):
             raise ValueError(
                 f"This conditioning was merged with another: {tagged.shape[1]} entries where {recipe.length_of_tag} belong.\n"
                 "Lance cannot concatenate or average prompts; write one prompt, or use Conditioning (Combine)."
             )
         return recipe
+
+    @classmethod
+    def _of_tensor(cls, tagged: Tensor | None) -> "Recipe | None":
+        if tagged is None or tagged.shape[0] != 1 or tagged.shape[2:] != (1,):
+            return None
+        first, *ids = (int(value) - 1 for value in tagged.flatten())
+        return cls(tuple(ids)) if first == 0 and min(ids, default=0) >= 0 else None
 
     @property
     def length_of_tag(self) -> int:
@@ -70,6 +87,10 @@ class Recipe:
             context = open_context(tokenizer, system_sentence("t2i" if target.frames == 1 else "t2v"))
         if not self.visuals:
             context = context.without(*VISUAL_CONDITIONS)
-        if self.conditional and not self.prompt:
-            return unconditional_layout(drawing(tokenizer, context, self.conditional), target, "cached")
-        return layout(drawing(tokenizer, context, self.prompt), target)
+        if self.conditional and not self.ids:
+            return unconditional_layout(generation_context(tokenizer, context, self.conditional), target, "cached")
+        return layout(generation_context(tokenizer, context, self.ids), target)
+
+
+# ComfyUI loads a training data set with weights_only, which knows torch's own types alone.
+torch.serialization.add_safe_globals([Recipe, Context, Segment, VisionTokens, LatentShape, Mode, Modality])

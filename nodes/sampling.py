@@ -28,7 +28,10 @@ CONTEXT = "Pictures that the prompt refers to (Lance Edit, Lance Subject, Lance 
 SEED = "The noise to begin with; the same seed draws the same again."
 SHIFT = "How long the steps stay at high noise. 3.5 is the model's own (3 for VBench's videos)."
 DENOISE = "Below 1, begin inside the schedule, from a picture that is already there."
-POSITIONS = "Where the text behind a missing prompt stands: 'cached' is the reference's default path, 'dense' its other one."
+POSITIONS = (
+    "How positions are counted where the negative prompt is empty. Leave 'cached', the reference's default, unless you compare "
+    "with its 'dense' path."
+)
 
 
 class LanceNativeConditioning(io.ComfyNode):
@@ -50,7 +53,7 @@ class LanceNativeConditioning(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="The prompt, behind the pictures."),
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt, after the pictures."),
                 io.Conditioning.Output(display_name="negative", tooltip="Without the prompt; the pictures stay."),
                 io.Conditioning.Output(
                     display_name="without visuals",
@@ -188,10 +191,11 @@ class LanceNoise:
 
     def generate_noise(self, input_latent: dict) -> Tensor:
         samples = input_latent["samples"]
-        channels, grid = samples.shape[1], LatentShape(*samples.shape[2:])
+        frames = samples.shape[2:-2] or (1,)  # latents of pictures have none
+        channels, grid = samples.shape[1], LatentShape(*frames, *samples.shape[-2:])
         indices = input_latent.get("batch_index", range(samples.shape[0]))
         drawn = [draw_noise(self.context, grid, (self.seed + index) % 2**64, channels) for index in indices]
-        return torch.stack(drawn)
+        return torch.stack(drawn).view(len(drawn), *samples.shape[1:])
 
 
 class LanceNativeNoise(io.ComfyNode):

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lance_runtime.context import Context, asking, open_context
+from ..lance_runtime.context import Context, open_context, question_context
 from ..lance_runtime.decode import Sampling
 from ..lance_runtime.grounding import find_boxes
-from ..lance_runtime.preprocess import vit_size
+from ..lance_runtime.preprocess import vit_area, vit_size
 from ..lance_runtime.prompts import enhancement, system_sentence
 from .clip import LanceTextModel, answer_of, lance_of
-from .pictures import frames_of, preset_of, resolution_input
+from .pictures import SAMPLED, frames_of, preset_of, resolution_input
 from .progress import node_of, say
 from .schema import CATEGORY, LanceContext, io
 
@@ -45,7 +45,15 @@ def sampling_inputs() -> list[io.Input]:
             tooltip="0 always says the likeliest; higher is freer.",
             advanced=True,
         ),
-        io.Float.Input("top_p", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="Leaves unlikely words out.", advanced=True),
+        io.Float.Input(
+            "top_p",
+            default=1.0,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="0.9 keeps the likeliest words that together have 90 % of the probability.",
+            advanced=True,
+        ),
         io.Int.Input(
             "seed",
             default=42,
@@ -73,9 +81,7 @@ class LanceNativeAsk(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
                 io.String.Input("question", multiline=True, dynamic_prompts=True, default="", tooltip="Empty: a description."),
                 io.Autogrow.Input("images", template=images, optional=True, tooltip="One or more pictures."),
-                io.Video.Input(
-                    "video", optional=True, tooltip="A clip, seen at 12 frames a second; more than 6 s are thinned out."
-                ),
+                io.Video.Input("video", optional=True, tooltip="A video. " + SAMPLED),
                 LanceContext.Input("context", optional=True, tooltip="Instead of pictures: a context of your own."),
                 resolution_input(),
                 *sampling_inputs(),
@@ -86,6 +92,7 @@ class LanceNativeAsk(io.ComfyNode):
                 io.Mask.Output(display_name="mask", tooltip="The same boxes as a mask; empty where there are none."),
             ],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -104,8 +111,9 @@ class LanceNativeAsk(io.ComfyNode):
     ) -> io.NodeOutput:
         sources = [image[:1] for image in (images or {}).values() if image is not None] + ([] if video is None else [video])
         if context is None:
-            context = _seen(clip, sources, resolution, system_sentence("x2t_image" if video is None else "x2t_video", question))
-        asked = asking(lance_of(clip).tokenizer, context, question)
+            task = "x2t_image" if video is None else "x2t_video"
+            context = _seen(clip, sources, resolution, system_sentence(task, asked=bool(question)))
+        asked = question_context(lance_of(clip).tokenizer, context, question)
         answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls))
         boxes, mask = _boxes(clip, answer, sources, resolution)
         return io.NodeOutput(answer, boxes, mask, ui={"text": [answer]})
@@ -125,8 +133,9 @@ def _boxes(clip: Any, answer: str, sources: list[Any], resolution: str) -> tuple
     lance = lance_of(clip)
     frames = frames_of(sources[-1], sizes=lance.sizes)
     height, width = frames.shape[1:3]
-    seen = vit_size(height, width, preset_of(resolution, frames, lance.sizes), lance.tower.config)
-    boxes, mask = find_boxes(answer, seen, (height, width)), torch.zeros(1, height, width)
+    shown = height, width, preset_of(resolution, frames, lance.sizes), lance.tower.config
+    boxes = find_boxes(answer, vit_size(*shown), vit_area(*shown), (height, width))
+    mask = torch.zeros(1, height, width)
     for box in boxes:
         mask[0, box["y"] : box["y"] + box["height"], box["x"] : box["x"] + box["width"]] = 1
     return boxes, mask
@@ -144,7 +153,7 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
                 io.String.Input(
-                    "prompt", multiline=True, dynamic_prompts=True, default="", tooltip="A few words: what shall be drawn."
+                    "prompt", multiline=True, dynamic_prompts=True, default="", tooltip="A few words: what to draw."
                 ),
                 io.Combo.Input(
                     "style",
@@ -157,6 +166,7 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="prompt", tooltip="The long prompt; yours, if nothing readable came back.")],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -173,8 +183,8 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
     ) -> io.NodeOutput:
         """The prompt in Lance's words; the user's own where nothing readable comes back."""
         sources = [] if image is None else [image[:1]]
-        context = _seen(clip, sources, "auto", system_sentence("x2t_image", "?"))
-        asked = asking(lance_of(clip).tokenizer, context, enhancement(style, prompt))
+        context = _seen(clip, sources, "auto", system_sentence("x2t_image", asked=True))
+        asked = question_context(lance_of(clip).tokenizer, context, enhancement(style, prompt))
         answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls)).strip()
         better = answer if answer and "\ufffd" not in answer else prompt
         both = f"{prompt}\n\u2192 {better}"

@@ -16,7 +16,7 @@ from ..lance_runtime.context import Segment
 from ..lance_runtime.files import VIT_FOLDER, VIT_NAME, read_vision_config
 from ..lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
 from ..lance_runtime.preprocess import vit_patches
-from ..lance_runtime.reuse import SeenPictures
+from ..lance_runtime.reuse import VisionTokenCache
 from ..lance_runtime.types import LatentShape
 from .attention import comfy_attention
 from .model_files import model_path
@@ -62,11 +62,11 @@ class VisionTower:
     def __init__(self, model_path: str, name: str, dtype: torch.dtype) -> None:
         self.model_path, self.name, self.dtype = model_path, name, dtype
         self._patcher: WholePatcher | None = None
-        self.seen = SeenPictures()
+        self.cache = VisionTokenCache()
 
     def encode(self, frames: np.ndarray, preset: str) -> Segment:
         """uint8 (T, H, W, 3) -> the ViT tokens of one image or clip, on the CPU; the same object for the same pixels."""
-        return self.seen.tokens(frames, preset, self._encode)
+        return self.cache.tokens(frames, preset, self._encode)
 
     def _encode(self, frames: np.ndarray, preset: str) -> Segment:
         patcher = self._loaded()
@@ -83,7 +83,7 @@ class VisionTower:
         if self._patcher is None:
             file = self._file()
             self.config = read_vision_config(*self._config_source(file))
-            vision = build_vision(self.config, attention=comfy_attention({}))
+            vision = build_vision(self.config, attention=comfy_attention())
             device = comfy.model_management.text_encoder_offload_device()
             assign(vision, vit_tensors(file), self.dtype, device)
             restore_buffers(vision, device)

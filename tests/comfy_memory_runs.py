@@ -43,8 +43,14 @@ def load_pack(folder: str) -> Any:
 
 
 def alive(*names: str) -> int:
+    """How many objects of these classes of the pack there are; ``LookupError`` for a name that is no class's."""
+    rooms = [module for name, module in list(sys.modules.items()) if name.startswith(PACK)]
+    known = {thing for room in rooms for thing in vars(room).values() if isinstance(thing, type)}
+    wanted = tuple(thing for thing in known if thing.__name__ in names and thing.__module__.startswith(PACK))
+    if len(wanted) != len(names):
+        raise LookupError(f"{names} name {len(wanted)} classes of the pack")
     gc.collect()
-    return sum(type(thing).__name__ in names for thing in gc.get_objects())
+    return sum(type(thing) in wanted for thing in gc.get_objects())
 
 
 def kept() -> int:
@@ -104,7 +110,7 @@ class Graph:
     def answer(self, context: Any, length: int) -> str:
         """As Lance Ask does, without a node to write into."""
         understand = sys.modules[f"{PACK}.nodes.understand"]
-        asked = understand.asking(understand.lance_of(self.clip).tokenizer, context, "what")
+        asked = understand.question_context(understand.lance_of(self.clip).tokenizer, context, "what")
         return understand.speak(self.clip, asked, length, understand.Sampling(), None)
 
 
@@ -264,7 +270,7 @@ def with_lora(graph: Graph) -> Any:
 def questions(nodes: Any) -> dict:
     """Lance Ask, several times about the same picture: what is computed again, and when what is kept goes."""
     graph = Graph(nodes)
-    passes, kept_now, report = Passes(graph), graph.model.model.prefixes_read.recent, {}
+    passes, kept_now, report = Passes(graph), graph.model.model.question_cache.entries, {}
     first = ask(nodes, graph, "what")
     report["first"] = passes.taken()
     estimate, tokenize = graph.clip.cond_stage_model.memory_estimation_function, graph.clip.tokenize
@@ -356,6 +362,64 @@ def lora_on_both(nodes: Any) -> dict:
     return report
 
 
+def prompts(nodes: Any) -> dict:
+    """What a prompt takes: no weights of CLIP's. And what is left of one when ComfyUI has kept or saved it."""
+    import io
+
+    graph, loads = Graph(nodes), []
+    recipe, conditioning = sys.modules[f"{PACK}.nodes.recipe"], sys.modules[f"{PACK}.nodes.conditioning"]
+    real = management.load_models_gpu
+    management.load_models_gpu = lambda models, *more, **options: (loads.append(len(models)), real(models, *more, **options))
+    changed = with_lora(graph).clone()
+    made = changed.encode_from_tokens_scheduled(changed.tokenize("a red hat"))
+    report = {"loads": len(loads), "kind": type(changed).__name__, "pooled": made[0][1]["pooled_output"]}
+    changed.generate(changed.tokenize("what"), do_sample=True, top_p=0.0, max_length=2)
+    report["loads of an answer"] = len(loads)
+    own = made[0][1]["lance"]
+    alone = recipe.Recipe.of(None, made[0][0])  # as scheduled CLIP hooks leave it
+    report["from its tensor"] = [alone.ids == own.ids, alone.context is None, len(own.ids)]
+    other = torch.zeros(1, 77, 768)
+    try:
+        recipe.Recipe.of(None, other)
+    except ValueError as error:
+        report["of another model"] = str(error)
+    context, _ = graph.edit()
+    positive = conditioning.conditionings(graph.clip.cond_stage_model, context, "red", "", "cached")[0]
+    file = io.BytesIO()
+    torch.save(positive, file)
+    file.seek(0)
+    ((tag, found),) = torch.load(file, weights_only=True)  # as Load Training Dataset does
+    saved, before = found["lance"], positive[0][1]["lance"]
+    same = [torch.equal(a.values, b.values) for a, b in zip(saved.context.visuals, before.context.visuals, strict=True)]
+    report["saved"] = [torch.equal(tag, positive[0][0]), saved.ids == before.ids, *same]
+    flat = nodes.LanceNativeNoise.execute(3).result[0]
+    whole, picture = (flat.generate_noise({"samples": torch.zeros(2, 16, *size)}) for size in ((1, 4, 6), (4, 6)))
+    report["noise of pictures"] = [list(picture.shape), torch.equal(picture, whole[:, :, 0])]
+    return report
+
+
+def bars(nodes: Any) -> dict:
+    """What the bars of two readings of one question counted up to, and how far they came."""
+    graph, found = Graph(nodes), []
+
+    class Bar(comfy.utils.ProgressBar):
+        def __init__(self, total: int, *more: Any, **options: Any) -> None:
+            super().__init__(total, *more, **options)
+            self.counted = [total, 0]
+            found.append(self.counted)
+
+        def update(self, value: int) -> None:
+            self.counted[1] += value
+            super().update(value)
+
+    comfy.utils.ProgressBar = Bar
+    tokens = nodes.LanceNativeViTEncode.execute(graph.clip, graph.picture, "image_256res", 24.0).result[0]
+    made = nodes.LanceNativeContext.execute(graph.clip, "x2t_image", "look", "", "", visuals={"visual_0": tokens})
+    for _ in range(2):
+        graph.answer(made.result[0], 2)
+    return {"readings": found[::2]}
+
+
 def questions_and_gone(nodes: Any) -> dict:
     """What stays of a graph that was asked."""
     graph = Graph(nodes)
@@ -364,7 +428,7 @@ def questions_and_gone(nodes: Any) -> dict:
     del graph
     management.unload_all_models()
     management.cleanup_models_gc()
-    return {"kept": alive("Prefixes", "Recent", "KeptPrefix"), "models": alive("LanceModel", "VisionTower")}
+    return {"kept": alive("PrefixCache", "LRUCache", "KeptPrefix"), "models": alive("LanceModel", "VisionTower")}
 
 
 def nano(nodes: Any) -> dict:

@@ -64,7 +64,10 @@ def weights(nodes: Any) -> dict:
 @torch.no_grad()
 def linear(model: Any, name: str, expected: Any) -> float:
     """A layer of ComfyUI against the plain product, relative; inputs rounded where ComfyUI rounds them."""
-    layer, rounded = model.model.diffusion_model.get_submodule(name.removesuffix(".weight")), expected.layers[name].kind.inputs
+    layer, rounded = (
+        model.model.diffusion_model.get_submodule(name.removesuffix(".weight")),
+        expected.layers[name].format.inputs,
+    )
     x = torch.randn(1, 7, expected.shapes[name][1], generator=torch.Generator().manual_seed(0))
     bias = None if layer.bias is None else layer.bias.float()
     return relative(layer(x), torch.nn.functional.linear(x if rounded is None else rounded(x), expected[name], bias))

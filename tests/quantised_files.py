@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lance_runtime.checkpoint import TensorFile
+from lance_runtime.quant_formats import FORMATS
 from lance_runtime.quantize import Plan, quantize
-from lance_runtime.quantized import FORMATS
 
 MODEL = CHECKPOINT / "Lance_3B" / "model.safetensors"
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -24,7 +24,7 @@ def quantised_tree(folder: Path, kind: str, **plan: object) -> Path:
     target = Path(shutil.copytree(CHECKPOINT, folder / kind))
     model = target / "Lance_3B" / "model.safetensors"
     model.unlink()
-    quantize(TensorFile(MODEL), model, Plan(kind, **{"keep_layers": (), **plan}), folder=MODEL.parent)
+    quantize(TensorFile(MODEL), model, Plan(kind, **{"keep_layers": (), **plan}))
     return target
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "types",
     "config",
-    "quantized",
+    "quant_formats",
     "checkpoint",
     "dequantize",
     "saving",
@@ -44,7 +44,7 @@ ORDER = [
     "visuals",
     "request",
     "pipeline",
-    "calibrate",
+    "quant_error",
     "media",
     "grounding",
     "terminal",

@@ -397,6 +397,7 @@ def test_variants_are_told_apart(tmp_path):
     for name, change, expected in (
         ("a", lambda t: t, "image"),
         ("b", lambda t: t | {POSITION_TABLE: torch.zeros(4097, 1)}, None),
+        ("Lance_3B_b", lambda t: t | {POSITION_TABLE: torch.zeros(4097, 1)}, None),
         ("b_video", lambda t: t, "video"),
         ("c", lambda t: t | {"vit_model.merger.ln_q.weight": torch.zeros(1)}, "video"),
         ("d", lambda t: {k: v for k, v in t.items() if k != POSITION_TABLE}, None),

@@ -1,5 +1,6 @@
 """The command line: all nine tasks, the files that they write, the help, and errors in one line."""
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import tasks
 from PIL import Image
 
+from lance_runtime import media
 from lance_runtime.__main__ import build_parser, main
 from lance_runtime.media import read_image, read_video, write_video
+from lance_runtime.preprocess import sample_frames
 from lance_runtime.prompts import TASKS
 
 MEDIA = goldens.PARITY / "media"
@@ -104,8 +107,7 @@ def test_questions_are_answered_on_the_terminal(task, capsys, clip_file, load_pi
 
 
 def clip_arguments(path):
-    video, fps = read_video(path)
-    return {"video": video, "fps": fps}
+    return {"video": read_video(path), "fps": 12}
 
 
 def test_an_answer_is_written_where_asked(tmp_path, capsys):
@@ -122,13 +124,38 @@ def test_a_picture_is_the_pipelines(image_pipe, tmp_path):
 
 
 def test_a_clip_keeps_its_colours(clip_file):
-    found, rate = read_video(clip_file)
-    stored = tasks.clip()["video"]
-    assert rate == 12.0
+    found, stored = read_video(clip_file), tasks.clip()["video"][[0, 1, 2, 3, 5]]
     assert found.shape == stored.shape
     error = found.astype(float) - stored
     assert abs(error).mean() < 4
     assert abs(error.mean(axis=(0, 1, 2))).max() < 2  # another matrix or range would shift a channel
+
+
+def test_of_a_long_video_only_what_is_seen_is_kept(tmp_path, monkeypatch):
+    """600 frames at 24 a second: 69 of them, over all of it; no other is ever made an array of."""
+    path, made = tmp_path / "long.mp4", []
+    shades = (np.arange(600) // 3).astype(np.uint8)[:, None, None, None]
+    write_video(path, np.broadcast_to(shades, (600, 16, 16, 3)), 24)
+    real = media._upright
+    monkeypatch.setattr(media, "_upright", lambda frame: made.append(1) or real(frame))
+    found = read_video(path)
+    assert found.shape == (69, 16, 16, 3)
+    assert len(made) == 69
+    expected = [index // 3 for index in sample_frames(600, 24.0)]
+    assert abs(found[:, 8, 8, 0].astype(int) - expected).max() <= 4
+    # Sampled again by the pipeline, as any video: all of them are kept.
+    assert sample_frames(69, 12) == list(range(69))
+
+
+@pytest.mark.parametrize(("turn", "matrix"), [(1, (0, -1, 1, 0)), (2, (-1, 0, 0, -1)), (3, (0, 1, -1, 0))])
+def test_a_video_of_a_phone_is_turned_upright(clip_file, turn, matrix):
+    """The header says how the frames are to be turned: the display matrix of an MP4's track."""
+    content, upright = bytearray(clip_file.read_bytes()), read_video(clip_file)
+    start = content.index(b"tkhd") + 44
+    a, b, c, d = (value * 2**16 for value in matrix)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30)
+    clip_file.write_bytes(content)
+    np.testing.assert_array_equal(read_video(clip_file), np.rot90(upright, turn, axes=(1, 2)))
 
 
 @pytest.mark.parametrize("output", [[], ["--output", "one.mp4"]])

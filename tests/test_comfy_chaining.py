@@ -22,7 +22,7 @@ CLIP_FRAMES, CLIP_FPS = goldens.clip("clip24.npz")[0][:13], 12.0
 def server(comfy_server, tmp_path_factory):
     """ComfyUI with a picture, a smaller one of 96 x 64, and a clip of 13 frames."""
     folder = tmp_path_factory.mktemp("media")
-    goldens.image("wide.png").resize((96, 64)).save(folder / "small.png")
+    goldens.image("wide.png").resize((96, 64)).save(folder / "reduced.png")
     first, *rest = (Image.fromarray(frame) for frame in CLIP_FRAMES)
     first.save(folder / "clip.png", save_all=True, append_images=rest)
     for path in (goldens.PARITY / "media" / "wide.png", goldens.PARITY / "media" / "tall.png", *folder.iterdir()):
@@ -44,7 +44,7 @@ def decode(samples):
 
 def graph_of(checkpoint="Lance_3B", **nodes):
     """The loader, pictures, and these nodes; "sample" is saved."""
-    files = {name: node("LoadImage", image=f"{name}.png") for name in ("wide", "tall", "small", "clip")}
+    files = {name: node("LoadImage", image=f"{name}.png") for name in ("wide", "tall", "reduced", "clip")}
     return {
         "load": loader(checkpoint),
         **files,
@@ -89,7 +89,7 @@ def test_answer_as_a_prompt(server):
     assert difference(saved_latents(result), latents(server, empty=empty(96, 64), sample=draws(["empty", 0], text))) == 0
 
 
-def vae_encode(pixels="small"):
+def vae_encode(pixels="reduced"):
     return node("VAEEncode", pixels=[pixels, 0], vae=["load", 2])
 
 
@@ -109,7 +109,7 @@ def test_core_latents_in_a_context(server):
         nodes = {"code": encode, "context": context(["code"]), "sample": draws(["code", 0], context=["context", 0])}
         return latents(server, **nodes)
 
-    assert difference(edited(vae_encode()), edited(own_encode("small"))) < TOLERANCE
+    assert difference(edited(vae_encode()), edited(own_encode("reduced"))) < TOLERANCE
 
 
 @pytest.mark.parametrize("ours", [False, True])
@@ -139,7 +139,7 @@ def core_draws(latent):
 @pytest.mark.parametrize("ours", [False, True])
 def test_wan_start_latents_keep_their_first_frame(ours, server):
     start = node(
-        "Wan22ImageToVideoLatent", vae=["load", 2], width=96, height=64, length=9, batch_size=1, start_image=["small", 0]
+        "Wan22ImageToVideoLatent", vae=["load", 2], width=96, height=64, length=9, batch_size=1, start_image=["reduced", 0]
     )
     if ours:
         nodes = {"sample": draws(["start", 0])}
@@ -149,7 +149,7 @@ def test_wan_start_latents_keep_their_first_frame(ours, server):
     picture = latents(server, checkpoint="Lance_3B_Video", sample=vae_encode())
     assert video.shape[2] == 3
     assert difference(video[:, :, :1], picture) < TOLERANCE
-    own = changed(video_start(first=["small", 0]), latent=["empty", 0])
+    own = changed(video_start(first=["reduced", 0]), latent=["empty", 0])
     if ours:
         nodes = {"start": own, "empty": empty(96, 64, 9), "sample": draws(["start", 0])}
         assert difference(video, latents(server, checkpoint="Lance_3B_Video", **nodes)) < TOLERANCE
@@ -231,7 +231,7 @@ def test_inspector_shows_picture_and_words(server):
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 6
 
 
-@pytest.mark.parametrize("given", ["first and last", "middle", "continued"])
+@pytest.mark.parametrize("given", ["first and last", "middle", "continued", "continued at 24 a second"])
 def test_given_frames_are_the_runtimes(given, server, video_pipe):
     kinds = {
         "first and last": ({"first": ["wide", 0], "last": ["tall", 0]}, {0: frames("wide.png"), -1: frames("tall.png")}),
@@ -240,10 +240,13 @@ def test_given_frames_are_the_runtimes(given, server, video_pipe):
             {"continue_from": ["clip", 0]},
             {0: CLIP_FRAMES[4:5], 1: CLIP_FRAMES[5:9], 2: CLIP_FRAMES[9:13]},
         ),
+        # Every second frame, up to the last: 12 a second.
+        "continued at 24 a second": ({"continue_from": ["fast", 0]}, {0: CLIP_FRAMES[4:5], 1: CLIP_FRAMES[6:13:2]}),
     }
     links, pictures = kinds[given]
     settings = {"steps": 3, "seed": 3}
     nodes = {"empty": empty(96, 64, 13 if given == "continued" else 9), "start": video_start(**links)}
+    nodes["fast"] = node("CreateVideo", images=["clip", 0], fps=24.0)
     found = latents(server, checkpoint="Lance_3B_Video", **nodes, sample=draws(["start", 0], **settings))
     size = {"height": 64, "width": 96, "num_frames": PixelShape(nodes["empty"]["inputs"]["frames"], 64, 96).frames}
     out = video_pipe("t2v", "a red hat", given_frames=pictures, **size, **settings)

@@ -85,6 +85,16 @@ def test_linked_interval_is_accepted(server):
     server.run(graph)
 
 
+def test_linked_names_are_looked_up_when_the_node_runs(server):
+    """A switch gives anything, so that ComfyUI cannot know the name before the run."""
+    switch = {
+        "name": node("PrimitiveString", value="Lance_3B/model.safetensors"),
+        "switch": node("ComfySwitchNode", switch=True, on_true=["name", 0], on_false=["name", 0]),
+    }
+    linked = loader() | {"inputs": {**loader()["inputs"], "model_name": ["switch", 0]}}
+    assert server.run(drawn(load=linked, seed=31, **switch)).paths("latent")
+
+
 def prompt(text="a hat", clip=LANCE_CLIP):
     return node("CLIPTextEncode", clip=clip, text=text)
 
@@ -223,6 +233,27 @@ FAILING = {
         shown(edit=node("LanceNativeEdit", **EDIT), show=preview(["edit", 0])),
         "0 pictures",
         "Connect an image or a video",
+    ),
+    "pictures within a prompt": (
+        drawn(
+            picture=node("LoadImage", image="wide.png"),
+            positive=node("TextEncodeQwenImageEdit", clip=LANCE_CLIP, prompt="a hat", image=["picture", 0]),
+        ),
+        "got 1",
+        "Lance Edit",
+    ),
+    "reference latents": (
+        drawn(
+            words=prompt(),
+            positive=node("ReferenceLatent", conditioning=["words", 0], latent=["empty", 0]),
+        ),
+        "1 reference latents",
+        "Lance Edit",
+    ),
+    "two ways of guidance": (
+        drawn(sample=sampler(model=["rescale", 0]), rescale=node("RescaleCFG", model=["load", 0], multiplier=0.7)),
+        "RescaleCFG",
+        "renorm to 'none'",
     ),
     "linked interval upside down": (
         drawn(model=guidance(interval_start=["number", 0], interval_end=0.2), number=node("PrimitiveFloat", value=0.9)),

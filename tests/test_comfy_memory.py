@@ -106,6 +106,24 @@ def test_a_lora_on_both_sides_is_patched_in_once():
     assert found["apart"] == 2 * 3
 
 
+def test_a_prompt_needs_no_weights():
+    found = report("prompts")
+    assert [found["loads"], found["loads of an answer"]] == [0, 1]
+    assert found["kind"] == "LanceCLIP"
+    assert found["pooled"] is None
+    assert found["from its tensor"][:2] == [True, True]
+    assert found["from its tensor"][2] > 0
+    assert found["of another model"].startswith("This conditioning was not made for Lance.\n")
+    assert found["saved"] == [True] * 4
+    assert found["noise of pictures"] == [[2, 16, 4, 6], True]
+
+
+def test_the_bar_of_a_further_question_counts_what_is_read():
+    (whole, read), (rest, read_again) = report("bars")["readings"]
+    assert (whole, rest) == (read, read_again)
+    assert 0 < rest < whole
+
+
 def test_every_task_can_be_measured(tmp_path):
     """The script that fills the table of memory and time, at a small size; it writes the quantised files itself."""
     tree = shutil.copytree(goldens.CHECKPOINT, tmp_path / "tree")

@@ -157,6 +157,14 @@ def test_a_saved_model_loads_again(comfy_server, saved, class_type):
     assert difference(latents(comfy_server, graph), before) < EXACT
 
 
+def test_a_saved_clip_is_the_whole_model(comfy_server):
+    graph = {**base(), "sample": ksampler(seed=71)}
+    save = node("CLIPSave", clip=["load", 1], filename_prefix="diffusion_models/CLIPSave")
+    before = latents(comfy_server, {**graph, "save": save})
+    graph["load"]["inputs"]["model_name"] = "CLIPSave_00001_.safetensors"
+    assert difference(latents(comfy_server, graph), before) < EXACT
+
+
 def test_training_a_lora(comfy_server, saved):
     fixed = {"grad_accumulation_steps": 1, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False}
     numbers = {"batch_size": 4, "steps": 200, "learning_rate": 0.02, "rank": 8, "seed": 1, "checkpoint_depth": 1}

@@ -18,7 +18,7 @@ from lance_runtime import LancePipeline
 from lance_runtime.checkpoint import POSITION_TABLE, TensorFile
 from lance_runtime.convert import convert
 from lance_runtime.dequantize import plain_tensors
-from lance_runtime.quantized import FORMATS
+from lance_runtime.quant_formats import FORMATS
 
 pytestmark = pytest.mark.comfy
 SCRIPT = Path(__file__).with_name("comfy_quantized_runs.py")

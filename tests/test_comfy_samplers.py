@@ -10,7 +10,8 @@ from graphs import custom_sampling, empty, golden_graph, node
 from sampler_graphs import CFG, NEGATIVE, PROMPT, SEED, SHIFT, STEPS, base, ends, ksampler, latents, with_patch
 
 from lance_runtime import Guidance
-from lance_runtime.denoise import flow_sigmas
+from lance_runtime.denoise import draw_noise, flow_sigmas
+from lance_runtime.types import LatentShape
 
 pytestmark = pytest.mark.comfy
 PLAIN = {"interval": (0.0, 1.0), "renorm": "none", "uncond_positions": "dense"}
@@ -184,3 +185,60 @@ def test_interval_and_renorm_are_the_runtimes(comfy_server, drawn, renorm):
     )
     assert difference(found[0], inside) < TOLERANCE
     assert difference(inside, everywhere) > ACTS
+
+
+def test_functions_before_guidance_act_where_guidance_does(comfy_server, drawn):
+    """With these settings APG is plain guidance at a scale of one more: outside the interval it must not act at all."""
+    steps = 8  # the last of which begins below 0.4
+    graph = with_patch(lance_guidance(0.4, 1.0, "none"), base(negative=NEGATIVE), steps=steps)
+    graph["apg"] = node("APG", model=["load", 0], eta=1.0, norm_threshold=0.0, momentum=0.0)
+    graph["patch"]["inputs"]["model"] = ["apg", 0]
+    guidance = Guidance(CFG + 1, (0.4, 1.0), "none", uncond_positions="dense")
+    expected = drawn(guidance=guidance, negative_prompt=NEGATIVE, steps=steps)
+    assert difference(latents(comfy_server, graph)[0], expected) < TOLERANCE
+
+
+def test_guidance_of_another_node_is_kept_where_the_renorm_is_off(comfy_server):
+    rescale, none = node("RescaleCFG", multiplier=0.7), lance_guidance(0.0, 1.0, "none")
+    graph = with_patch(rescale, base(negative=NEGATIVE))
+    alone, without = latents(comfy_server, graph), latents(comfy_server, with_patch(none, base(negative=NEGATIVE)))
+    graph["both"] = {**none, "inputs": {**none["inputs"], "model": ["patch", 0]}}
+    graph |= {"sample": ksampler("both", "fresh")}
+    assert torch.equal(latents(comfy_server, graph), alone)
+    assert difference(alone, without) > ACTS
+
+
+@pytest.mark.parametrize("shift", [2.14, 4.28])
+def test_a_shift_that_rounds_above_1_is_guided_in_its_first_step(comfy_server, drawn, shift):
+    sample = lance_sampler(SEED, 1)
+    sample["sample"]["inputs"].update(shift=shift, uncond_positions="dense")
+    found = latents(comfy_server, sample)[0]
+    noise = draw_noise(None, LatentShape(1, 4, 6), SEED)
+    expected = [
+        drawn(shift=shift, noise=noise, negative_prompt=NEGATIVE, guidance=Guidance(CFG, (0.4, end), uncond_positions="dense"))
+        for end in (1.0, 0.999)
+    ]
+    assert difference(found, expected[0]) < TOLERANCE
+    assert difference(*expected) > ACTS
+
+
+def test_model_sampling_flux_tells_the_network_the_same_times(comfy_server, drawn):
+    """It has no multiplier; with our schedule only what the network is told could differ."""
+    graph = {**base(), **custom(lance_sigmas(), model="patch")}
+    graph["patch"] = node("ModelSamplingFlux", model=["load", 0], max_shift=1.15, base_shift=0.5, width=96, height=64)
+    assert difference(latents(comfy_server, graph)[0], drawn()) < TOLERANCE
+
+
+def test_renormalize_cfg_of_lumina(comfy_server):
+    renorm = node("RenormCFG", cfg_trunc=100.0, renorm_cfg=0.5)
+    assert difference(latents(comfy_server, with_patch(renorm)), latents(comfy_server, with_patch())) > ACTS
+
+
+def test_perp_neg_is_off_outside_the_interval(comfy_server, drawn):
+    graph = {**base(negative=NEGATIVE), "patch": lance_guidance(1.0, 1.0, "none"), **custom(lance_sigmas())}
+    graph["patch"]["inputs"]["model"] = ["load", 0]
+    guider = node("PerpNegGuider", **ends("patch"), empty_conditioning=["negative", 0], cfg=CFG, neg_scale=1.0)
+    links = {"sampler": ["pick", 0], "sigmas": ["sigmas", 0], "latent_image": ["empty", 0]}
+    graph |= {"guider": guider, "noise": node("RandomNoise", noise_seed=SEED)}
+    graph["sample"] = node("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], **links)
+    assert difference(latents(comfy_server, graph)[0], drawn(guidance=Guidance(scale=1.0))) < TOLERANCE

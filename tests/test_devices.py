@@ -14,12 +14,12 @@ import tasks
 import torch
 
 from lance_runtime.model import attention as attention_room
-from lance_runtime.model.attention import sdpa, shapes_of_their_own
+from lance_runtime.model.attention import sdpa, without_cudnn_attention
 
 HERE = Path(__file__).parent
 FILES = [*(HERE.parent / "lance_runtime").rglob("*.py"), *(HERE.parent / "nodes").rglob("*.py"), HERE.parent / "__init__.py"]
 # Functions that may ask what a maker's device can do.
-ASKERS = {"default_device", "default_dtype", "multiplies_in_parts", "shapes_of_their_own", "surely_fused"}
+ASKERS = {"default_device", "default_dtype", "multiplies_in_parts", "without_cudnn_attention", "surely_fused"}
 MAKERS = {"cuda", "mps", "xpu", "hip", "npu"}
 LATENT_TOLERANCE = 1e-3  # that of the goldens: the device has no fused attention
 TASKS = {
@@ -78,7 +78,7 @@ def test_reading_and_decoding_go_without_plans_for_one_shape(image_pipe, monkeyp
     seen[True] = 0
     image_pipe(**tasks.arguments("t2i") | {"steps": 1})
     assert seen[True] > 0
-    with pytest.raises(ZeroDivisionError), shapes_of_their_own():
+    with pytest.raises(ZeroDivisionError), without_cudnn_attention():
         raise ZeroDivisionError
     assert plans()
 
@@ -88,7 +88,7 @@ def test_attention_that_may_write_scores_out_goes_in_parts(monkeypatch):
     expected, calls, real = sdpa(q, k, v), [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *x: calls.append(x[0].shape) or real(*x))
     monkeypatch.setattr(attention_room, "surely_fused", lambda device: False)
-    monkeypatch.setattr(attention_room, "SCORES", 2 * 3 * 20 * 16)
+    monkeypatch.setattr(attention_room, "MAX_UNFUSED_SCORES", 2 * 3 * 20 * 16)
     torch.testing.assert_close(sdpa(q, k, v), expected)
     assert [shape[2] for shape in calls] == [16, 16, 16, 2]
 

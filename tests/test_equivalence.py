@@ -154,7 +154,7 @@ def test_other_positions_or_pictures_are_not_shared(image_pipe):
     assert shared_splits(sequence, layout(Context(tuple(copied), context.vision), target)) == 0
 
 
-def test_guidance_reads_a_picture_once(image_pipe, monkeypatch):
+def test_guidance_reads_a_picture_once(image_pipe):
     engine, lengths = image_pipe.components.engine, []
     layer = engine.model.language_model.model.layers[0].self_attn.q_proj
     hook = layer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))

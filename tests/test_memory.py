@@ -18,7 +18,7 @@ from lance_runtime.config import LanceConfig
 from lance_runtime.context import Context, Segment, VisionTokens, layout
 from lance_runtime.denoise import predict_velocity
 from lance_runtime.engine import Engine
-from lance_runtime.memory import LINKS_BEHIND, Copied, Passing, default_device, default_dtype
+from lance_runtime.memory import MODULES_IN_FLIGHT, PREFETCH_BYTES, Copied, WeightStreamer, default_device, default_dtype
 from lance_runtime.model.transformer import Lance
 from lance_runtime.prefill import branch
 from lance_runtime.types import LatentShape
@@ -72,15 +72,22 @@ def test_without_offloading_there_are_no_hooks(image_pipe):
 
 
 def linears(count):
-    """A chain of ``count`` layers of 64 bytes, whose weights pass through a device that is the CPU under another name."""
+    """A chain of ``count`` linear layers of 64 bytes, and copies of their weights."""
     chain = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(count))).requires_grad_(False)
     return chain, [layer.weight.clone() for layer in chain]
+
+
+def streaming(*models, device="cpu", prefetch_bytes=PREFETCH_BYTES):
+    streamer = WeightStreamer(torch.device(device), prefetch_bytes)
+    for model in models:
+        streamer.attach(model)
+    return streamer
 
 
 def test_weights_are_on_the_device_just_while_their_layer_runs():
     chain, weights = linears(3)
     homes = [layer.weight.data_ptr() for layer in chain]
-    Passing([chain], torch.device("meta"))
+    streaming(chain, device="meta")
     seen = []
     for layer in chain:
         layer.register_forward_pre_hook(lambda *_: seen.append([other.weight.device.type for other in chain]))
@@ -93,18 +100,18 @@ def test_weights_are_on_the_device_just_while_their_layer_runs():
 @pytest.mark.parametrize(("ahead", "expected"), [(0, 1), (2 * 64, 2), (1000, 3)])
 def test_what_followed_last_time_is_copied_ahead(ahead, expected, monkeypatch):
     chain, _ = linears(4)
-    passing, copies, arrived = Passing([chain], torch.device("cpu"), ahead), [], []
-    real = passing._copied
-    monkeypatch.setattr(passing, "_copied", lambda number: copies.append(number) or real(number))
+    streamer, copies, arrived = streaming(chain, prefetch_bytes=ahead), [], []
+    real = streamer._copied
+    monkeypatch.setattr(streamer, "_copied", lambda number: copies.append(number) or real(number))
     for number, layer in enumerate(chain):
         layer.register_forward_pre_hook(lambda *_, number=number: arrived.append((number in copies, len(copies))))
     chain(torch.ones(1, 4))
     assert copies == [0, 1, 2, 3]  # nothing was known: each is copied when it is needed
-    assert not passing.coming
+    assert not streamer.prefetched
     for _ in range(2):  # the second learns that the first follows the last
         chain(torch.ones(1, 4))
     del copies[:]
-    assert len(passing.coming) == expected
+    assert len(streamer.prefetched) == expected
     chain(torch.ones(1, 4))
     assert len(copies) == 4  # each once, none of them late
     assert copies[0] == expected % 4
@@ -113,12 +120,12 @@ def test_what_followed_last_time_is_copied_ahead(ahead, expected, monkeypatch):
 def test_another_order_is_learned_and_an_error_leaves_nothing_on_the_device():
     chain, _ = linears(3)
     first, second, third = chain
-    passing, x = Passing([chain], torch.device("meta")), torch.ones(1, 4, device="meta")
+    streamer, x = streaming(chain, device="meta"), torch.ones(1, 4, device="meta")
     chain(x)
     third(second(first(x)))
     second(first(x))
     third(first(x))
-    assert passing.follower == {0: 2, 1: 0, 2: 0}
+    assert streamer.followers == {0: 2, 1: 0, 2: 0}
     with pytest.raises(RuntimeError):
         second(torch.ones(1, 5, device="meta"))
     assert all(layer.weight.device.type == "cpu" for layer in chain)
@@ -126,40 +133,40 @@ def test_another_order_is_learned_and_an_error_leaves_nothing_on_the_device():
 
 def test_what_one_module_has_copied_ahead_goes_when_another_begins():
     (first, _), (second, _) = linears(3), linears(2)
-    passing, x = Passing([first, second], torch.device("cpu"), 2 * 64), torch.ones(1, 4)
+    streamer, x = streaming(first, second, prefetch_bytes=2 * 64), torch.ones(1, 4)
     for _ in range(3):
         first(x)
-    assert set(passing.coming) == {0, 1}  # more of the same is expected
+    assert set(streamer.prefetched) == {0, 1}  # more of the same is expected
     second(x)
-    assert not passing.coming
+    assert not streamer.prefetched
 
 
-def test_a_host_that_runs_ahead_waits_for_all_but_the_last_links(monkeypatch):
+def test_a_host_that_runs_ahead_waits_for_all_but_the_last_modules(monkeypatch):
     """The device's clock is a list: what was computed is known only where the host waited for it."""
     chain, _ = linears(6)
-    passing, log = Passing([chain], torch.device("cpu"), 2 * 64), []
+    streamer, log = streaming(chain, prefetch_bytes=2 * 64), []
     chain(torch.ones(1, 4))
     chain(torch.ones(1, 4))
 
     class Stream:
-        links = 0
+        modules = 0
 
         def record_event(self):
-            self.links += 1
-            log.append(("computing", self.links))
-            return SimpleNamespace(synchronize=lambda link=self.links: log.append(("done", link)))
+            self.modules += 1
+            log.append(("computing", self.modules))
+            return SimpleNamespace(synchronize=lambda number=self.modules: log.append(("done", number)))
 
-    stream, real = Stream(), passing.homes
+    stream, real = Stream(), streamer.cpu_weights
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: stream)
-    monkeypatch.setattr(passing, "stream", stream)
-    monkeypatch.setattr(passing, "_copied", lambda number: log.append(("copy", number)) or Copied(real[number], None))
+    monkeypatch.setattr(streamer, "stream", stream)
+    monkeypatch.setattr(streamer, "_copied", lambda number: log.append(("copy", number)) or Copied(real[number], None))
     chain(torch.ones(1, 4))
     begun = done = 0
     for what, number in log:
         begun, done = (number if what == "computing" else begun), (number if what == "done" else done)
-        assert what != "copy" or begun - done <= LINKS_BEHIND
+        assert what != "copy" or begun - done <= MODULES_IN_FLIGHT
     assert begun == 6
-    assert done == 6 - LINKS_BEHIND  # and it never waits for more
+    assert done == 6 - MODULES_IN_FLIGHT  # and it never waits for more
     assert sum(what == "copy" for what, _ in log) == 6
 
 
@@ -167,13 +174,13 @@ def test_copies_come_from_pinned_memory_where_a_device_reads_it(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda weight: pinned.append(weight) or weight)
     chain, weights = linears(2)
-    passing = Passing([chain], torch.device("cpu"))
-    monkeypatch.setattr(passing, "stream", torch.autograd.profiler.record_function("a stream"))
-    monkeypatch.setattr(passing.stream, "record_event", lambda: None, raising=False)
-    passing._copied(0)
+    streamer = streaming(chain)
+    monkeypatch.setattr(streamer, "stream", torch.autograd.profiler.record_function("a stream"))
+    monkeypatch.setattr(streamer.stream, "record_event", lambda: None, raising=False)
+    streamer._copied(0)
     assert not pinned
-    monkeypatch.setattr(passing, "pins", True)
-    assert torch.equal(passing._copied(1).weights["weight"], weights[1])
+    monkeypatch.setattr(streamer, "pins", True)
+    assert torch.equal(streamer._copied(1).weights["weight"], weights[1])
     assert len(pinned) == 1
 
 
@@ -211,7 +218,7 @@ def test_a_step_holds_what_comfyui_is_told(grid, branches, dtype):
             predict_velocity(engine, latents, times, prefixes)
     factor = float(re.search(r"memory_usage_factor = ([\d.]+)", (ROOT / "nodes" / "model.py").read_text("utf-8"))[1])
     told = branches * grid.tokens * dtype.itemsize * 0.01 * factor * 2**20
-    places = sum(one.places.nbytes + 2 * one.rope.gen.cos.nbytes for one in prefixes)
+    places = sum(one.position_embeddings.nbytes + 2 * one.rope.gen.cos.nbytes for one in prefixes)
     assert 0.75 < (alive.most + places) / told < 1
 
 
@@ -279,7 +286,7 @@ def test_by_model_weights_that_leave_the_device_are_not_copied_back():
 
 def test_by_layer_a_row_of_a_table_is_looked_up_where_it_lies():
     table = nn.Embedding(4, 3).requires_grad_(False)
-    Passing([table], torch.device("meta"))
+    streaming(table, device="meta")
     seen = []
     table.register_forward_pre_hook(lambda *_: seen.append(table.weight.device.type))
     assert table(torch.ones(1, 2, dtype=torch.long)).device.type == "meta"

@@ -12,6 +12,8 @@ from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl, modeling_qw
 
 from lance_runtime.config import LanceConfig
 from lance_runtime.context import Context, Mode, Segment, VisionTokens, layout, unconditional_layout
+from lance_runtime.denoise import flow_sigmas
+from lance_runtime.guidance import Guidance
 from lance_runtime.model.embeddings import latent_position_embedding
 from lance_runtime.model.rope import frequencies_are_rounded, rope_table
 from lance_runtime.types import VISUAL_CONDITIONS, LatentShape, Modality, PixelShape
@@ -289,7 +291,7 @@ def test_a_model_trained_in_float32_keeps_exact_frequencies():
 
 @given(grids, st.sampled_from([32, 64, 128, 2048]))
 @settings(max_examples=20)
-def test_latent_places_follow_the_formula(grid, hidden):
+def test_latent_positions_follow_the_formula(grid, hidden):
     found = latent_position_embedding(grid, hidden, CPU)
     torch.testing.assert_close(found, full_pass.place(grid, hidden), atol=1e-5, rtol=0)
 
@@ -302,8 +304,19 @@ def test_columns_beyond_the_references_table_are_the_next_rows():
     assert torch.equal(found[:, :64], square)
 
 
-def test_latent_places_have_no_last_frame():
+def test_latent_positions_have_no_last_frame():
     long = latent_position_embedding(LatentShape(90, 2, 3), 64, CPU)
     torch.testing.assert_close(long, full_pass.place((90, 2, 3), 64), atol=1e-4, rtol=0)
     rows = long.unflatten(0, (90, 6))[:, 0]
     assert len(rows.unique(dim=0)) == 90
+
+
+@given(st.integers(1, 10000), st.integers(1, 60))
+@settings(max_examples=200)
+def test_every_shift_of_the_widget_is_guided_from_the_first_step_on(hundredths, steps):
+    """In float32 the first sigma of a shift of 2.14 would be 1 + 1e-7, outside the interval that ends at 1."""
+    sigmas = flow_sigmas(steps, hundredths / 100)
+    assert 1 - 1e-6 < sigmas[0] <= 1
+    assert bool((sigmas[1:] < sigmas[:-1]).all())
+    assert Guidance().acts_at(sigmas[0])
+    assert Guidance().acts_at(torch.tensor(1.0 + 2**-23))  # as ComfyUI's own schedules round it

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from lance_runtime import LancePipeline
 from lance_runtime.__main__ import main
-from lance_runtime.calibrate import Settings, compare
 from lance_runtime.checkpoint import TensorFile, identify
 from lance_runtime.convert import convert
 from lance_runtime.dequantize import plain_tensors
+from lance_runtime.quant_error import Settings, compare
+from lance_runtime.quant_formats import FORMATS, NATIVE, tile_scales, untile_scales
 from lance_runtime.quantize import Plan, quantize
-from lance_runtime.quantized import FORMATS, NATIVE, tile_scales, untile_scales
 
 # Measured on weights of a normal distribution; a coarser format than the name says would show.
 ERRORS = {"fp8": 0.027, "int8": 0.008, "nvfp4": 0.097, "mxfp8": 0.027}
@@ -455,7 +455,7 @@ def test_the_same_weights_have_no_error(trees):
     assert len(same.layers) == 42
     assert result.layers == [(0.0, 0.0)] * 3
     assert [error for _, error in result.velocities] == [0.0] * 3
-    assert (result.logits, result.same) == (0.0, result.places)
+    assert (result.logits, result.same) == (0.0, result.answer_tokens)
 
 
 def test_errors_are_those_of_two_networks(trees):

@@ -387,17 +387,27 @@ def test_given_frames_that_do_not_fit_are_refused(video_pipe, given, named):
 
 
 def test_wrong_calls_are_refused_before_anything_is_computed(image_pipe):
-    hook = image_pipe.components.model.vae2llm.register_forward_hook(lambda *_: pytest.fail("the network ran"))
+    parts = image_pipe.components
+    hooks = [
+        part.register_forward_hook(lambda *_: pytest.fail("the network ran"))
+        for part in (parts.model.vae2llm, parts.vision.patch_embed, parts.model.language_model.model.layers[0].self_attn.q_proj)
+    ]
+    asked = tasks.arguments("x2t_image")
     try:
         for changed in ({"height": 33}, {"noise": torch.zeros(1)}, {"steps": 0}, {"batch": 0}):
             refusal(image_pipe, "t2i", "a", **SMALL | changed)
+        for changed in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"noise": torch.zeros(1)}):
+            refusal(image_pipe, **asked | changed)
+        with pytest.raises(ValueError, match="a prompt, and got a question"):
+            image_pipe.stream("t2i", question="what")  # before the first step is asked for
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def test_an_answer_has_no_frames(image_pipe):
     out = image_pipe(**tasks.arguments("x2t_image"))
-    with pytest.raises(ValueError, match="0 frames\\.\n"):
+    with pytest.raises(ValueError, match="not frames\\.\n"):
         _ = out.frames
 
 

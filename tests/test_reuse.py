@@ -1,5 +1,7 @@
 """Prefixes of questions: read once, bounded, never changed by what is written behind them."""
 
+from functools import partial
+
 import goldens
 import numpy as np
 import pytest
@@ -7,10 +9,10 @@ import tasks
 import torch
 
 from lance_runtime import LancePipeline
-from lance_runtime.context import asking, layout, open_context
+from lance_runtime.context import layout, open_context, question_context
 from lance_runtime.decode import answer
 from lance_runtime.prefill import prefill
-from lance_runtime.reuse import Prefixes, Recent, reading
+from lance_runtime.reuse import LRUCache, PrefixCache
 
 
 @pytest.fixture
@@ -22,10 +24,10 @@ def ask(image_pipe):
     layer = parts.model.language_model.model.layers[0].self_attn.q_proj
 
     def run(question, prefixes, weights="", seen=visuals, length=6):
-        context = asking(parts.tokenizer, open_context(parts.tokenizer, "Look.", seen), question)
+        context = question_context(parts.tokenizer, open_context(parts.tokenizer, "Look.", seen), question)
         lengths = []
         hook = layer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
-        extra = {} if prefixes is None else {"read": reading(prefixes, weights)}
+        extra = {} if prefixes is None else {"read": partial(prefixes.prefill, weights, parts.engine)}
         try:
             with torch.no_grad():
                 ids = list(answer(parts.engine, layout(context), parts.tokenizer, length, **extra))
@@ -38,10 +40,10 @@ def ask(image_pipe):
 
 
 def test_a_second_question_reads_its_words_alone(ask):
-    prefixes = Prefixes()
+    prefixes = PrefixCache()
     for question in ("what color", "where is the dog in the park", "what color"):
         assert ask(question, prefixes)[0] == ask(question, None)[0]
-    assert len(prefixes.recent) == 1
+    assert len(prefixes.entries) == 1
     expected, whole = ask("the cat", None)
     found, lengths = ask("the cat", prefixes)
     assert found == expected
@@ -51,13 +53,13 @@ def test_a_second_question_reads_its_words_alone(ask):
 
 
 def test_states_are_the_same_to_the_bit(ask, image_pipe):
-    parts, prefixes = image_pipe.components, Prefixes()
+    parts, prefixes = image_pipe.components, PrefixCache()
     context = open_context(parts.tokenizer, "Look.", ask.visuals)
-    sequence = layout(asking(parts.tokenizer, context, "what"))
+    sequence = layout(question_context(parts.tokenizer, context, "what"))
     with torch.no_grad():
         expected = prefill(parts.engine, sequence)
         for _ in range(3):
-            cache, states = prefixes.read("", parts.engine, sequence)
+            cache, states = prefixes.prefill("", parts.engine, sequence)
             assert torch.equal(states, expected[1])
             assert cache.length == expected[0].length
             assert all(
@@ -68,23 +70,23 @@ def test_states_are_the_same_to_the_bit(ask, image_pipe):
 
 
 def test_other_weights_pictures_and_sentences_are_read_anew(ask):
-    prefixes = Prefixes()
+    prefixes = PrefixCache()
     ask("what", prefixes)
     for options in ({"weights": "other"}, {"seen": [type(v).vit(v.values.clone(), v.grid) for v in ask.visuals]}):
         _, lengths = ask("what", prefixes, **options)
         assert max(lengths) == len(ask.visuals[0])
-    assert len(prefixes.recent) == 3
+    assert len(prefixes.entries) == 3
     assert max(ask("what", prefixes)[1]) < len(ask.visuals[0])
 
 
 def test_words_alone_are_not_kept(ask):
-    prefixes = Prefixes()
+    prefixes = PrefixCache()
     assert ask("what", prefixes, seen=[])[0] == ask("what", None, seen=[])[0]
-    assert len(prefixes.recent) == 0
+    assert len(prefixes.entries) == 0
 
 
 def test_an_interrupted_reading_keeps_nothing(ask, image_pipe):
-    prefixes, layer = Prefixes(), image_pipe.components.model.language_model.model.layers[1]
+    prefixes, layer = PrefixCache(), image_pipe.components.model.language_model.model.layers[1]
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -93,37 +95,37 @@ def test_an_interrupted_reading_keeps_nothing(ask, image_pipe):
     with pytest.raises(KeyboardInterrupt):
         ask("what", prefixes)
     hook.remove()
-    assert len(prefixes.recent) == 0
+    assert len(prefixes.entries) == 0
     assert ask("what", prefixes)[0] == ask("what", None)[0]
 
 
 def test_the_bound_holds():
-    recent = Recent(10)
+    kept = LRUCache(10)
     for key, size in (("a", 4), ("b", 4), ("a", 4)):
-        recent.put(key, key, size)
-    assert (recent.nbytes, len(recent)) == (8, 2)
-    assert recent.get("b") == "b"  # used last
-    recent.put("c", "c", 5)
-    assert (recent.get("a"), recent.get("b"), recent.get("c"), recent.nbytes) == (None, "b", "c", 9)
-    recent.put("d", "d", 11)  # larger than all that may be kept: nothing goes for it
-    assert (recent.get("d"), recent.nbytes) == (None, 9)
+        kept.put(key, key, size)
+    assert (kept.nbytes, len(kept)) == (8, 2)
+    assert kept.get("b") == "b"  # used last
+    kept.put("c", "c", 5)
+    assert (kept.get("a"), kept.get("b"), kept.get("c"), kept.nbytes) == (None, "b", "c", 9)
+    kept.put("d", "d", 11)  # larger than all that may be kept: nothing goes for it
+    assert (kept.get("d"), kept.nbytes) == (None, 9)
     for key in range(20):
-        recent.put(key, key, 0)
-    assert len(recent) == 8
-    assert recent.get(19) == 19
-    recent.clear()
-    assert (recent.nbytes, len(recent)) == (0, 0)
+        kept.put(key, key, 0)
+    assert len(kept) == 8
+    assert kept.get(19) == 19
+    kept.clear()
+    assert (kept.nbytes, len(kept)) == (0, 0)
 
 
 def test_kept_bytes_are_those_of_the_prefix(ask):
-    prefixes = Prefixes()
+    prefixes = PrefixCache()
     ask("what", prefixes)
-    (prefix,) = (prefixes.recent._things[key][0] for key in prefixes.recent._things)
+    (prefix,) = (prefixes.entries._entries[key][0] for key in prefixes.entries._entries)
     tokens = sum(map(len, prefix.segments))
-    assert prefixes.recent.nbytes == tokens * 3 * 2 * 2 * 32 * 4  # layers, keys and values, key heads, their width, float32
-    small = Prefixes(prefixes.recent.nbytes - 1)
+    assert prefixes.entries.nbytes == tokens * 3 * 2 * 2 * 32 * 4  # layers, keys and values, key heads, their width, float32
+    small = PrefixCache(prefixes.entries.nbytes - 1)
     assert ask("what", small)[0] == ask("what", prefixes)[0]
-    assert len(small.recent) == 0
+    assert len(small.entries) == 0
 
 
 @pytest.mark.parametrize("offload", ["none", "layer"])

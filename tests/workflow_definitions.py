@@ -135,13 +135,12 @@ WORKFLOWS = (
     ),
     Workflow(
         "Continue a Video",
-        "The last 9 frames of the clip are the first of the new one. The clip should play at 12 frames a second.",
+        "The last 9 frames of the video, taken 12 times a second, are the first of the new one.",
         (
             {**load(VIDEO_MODEL), "empty": empty("480p 16:9", 49)},
             {
                 **clip(),
-                "frames": node("GetVideoComponents", video=["clip", 0]),
-                "start": video_start(continue_from=["frames", 0]),
+                "start": video_start(continue_from=["clip", 0]),
             },
             {"sample": sampler(FOX_RUNS, ["start", 0])},
             {**decoded(), **save_video()},
@@ -161,7 +160,7 @@ WORKFLOWS = (
     ),
     Workflow(
         "Edit a Video",
-        "The clip is seen at 12 frames a second; one longer than six seconds is thinned to 69 frames, so cut it into parts. "
+        "The video is seen at 12 frames a second; one longer than six seconds is thinned to 69 frames, so cut it into parts. "
         "Its sound goes into the result.",
         (
             {**load(VIDEO_MODEL), **clip()},
@@ -228,7 +227,7 @@ WORKFLOWS = (
     ),
     Workflow(
         "Ask about a Video",
-        "The clip is seen at 12 frames a second; one longer than six seconds is thinned to 69 frames, spread over all of it.",
+        "The video is seen at 12 frames a second; one longer than six seconds is thinned to 69 frames, spread over all of it.",
         ({**load(VIDEO_MODEL), **clip()}, {"ask": ask("What happens in this video?", video=["clip", 0])}, show()),
     ),
     Workflow(

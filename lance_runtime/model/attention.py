@@ -14,11 +14,11 @@ from ..config import LanceConfig
 from ..types import AttentionFunction
 from .rope import Rope
 
-SCORES = 2**28  # that may be written out at once where attention is not fused: 1 GiB in float32
+MAX_UNFUSED_SCORES = 2**28  # written out at once where attention is not fused: 1 GiB in float32
 
 
 @contextmanager
-def shapes_of_their_own() -> Iterator[None]:
+def without_cudnn_attention() -> Iterator[None]:
     """Where each call has another shape, attention goes without cuDNN.
 
     torch prefers it on the newest cards, plans it for one exact shape (tens of milliseconds), and keeps every plan.
@@ -35,7 +35,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The default attention function: torch's own, without a mask."""
     if surely_fused(q.device):
         return F.scaled_dot_product_attention(q, k, v)
-    rows = max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    rows = max(1, MAX_UNFUSED_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
     parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(rows, dim=2)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

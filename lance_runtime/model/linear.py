@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 Embedding, RMSNorm = nn.Embedding, nn.RMSNorm
-PARTS = 16  # of a weight, for so many threads
+PARTS = 16  # slices that a weight is cut into, one for each thread
 
 
 class Linear(nn.Linear):

@@ -1,7 +1,7 @@
 """Lance: a Qwen2 decoder with two experts a layer over one shared sequence ("mixture of transformers").
 
 A run of tokens is two tensors, the understanding expert's and the generation expert's, never one packed sequence with
-index lists: attention does not care for their order, and the places are already in the rotary embedding.
+index lists: attention does not care for their order, and their positions are already in the rotary embedding.
 (Reference: modeling/lance/qwen2_navit.py and lance.py.)
 """
 
@@ -29,7 +29,7 @@ KINDS_OF_CALLS = 64  # for which one function may be compiled
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 # A host's place between layers: index, the layer as a function of its hidden states, hidden states -> hidden states.
-Around = Callable[[int, Callable[["Streams"], "Streams"], "Streams"], "Streams"]
+LayerHook = Callable[[int, Callable[["Streams"], "Streams"], "Streams"], "Streams"]
 
 
 class Streams(NamedTuple):
@@ -152,24 +152,24 @@ class Lance(nn.Module):
         """ids (B, L) -> (B, L, D)."""
         return self.language_model.model.embed_tokens(ids).to(dtype)
 
-    def embed_latents(self, latents: Tensor, timesteps: Tensor, places: Tensor) -> Tensor:
+    def embed_latents(self, latents: Tensor, timesteps: Tensor, position_embeddings: Tensor) -> Tensor:
         """latents (B, C, T, H, W), flow times (B, T) and position embeddings (tokens, D) -> (B, tokens, D)."""
         values = self.vae2llm(latents.flatten(2).transpose(1, 2))
         times = self.time_embedder(timesteps, latents.dtype)  # (B, T, D)
         by_frame = values.unflatten(1, (latents.shape[2], -1)) + times[:, :, None]
-        return by_frame.flatten(1, 2) + places
+        return by_frame.flatten(1, 2) + position_embeddings
 
-    def run_layers(self, hidden: Streams, rope: Streams, attend: Attend, around: Around | None = None) -> Streams:
+    def run_layers(self, hidden: Streams, rope: Streams, attend: Attend, layer_hook: LayerHook | None = None) -> Streams:
         """Run one block of tokens through all layers; the result is not yet normed.
 
-        around: called as ``around(index, layer, hidden)`` in the place of ``layer(hidden)``, so that a host can watch,
-        replace or skip layers.
+        layer_hook: called as ``layer_hook(index, layer, hidden)`` in the place of ``layer(hidden)``, so that a host can
+        watch, replace or skip layers.
         """
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # what a layer leaves is read by the next: one step for CUDA graphs
         for index, layer in enumerate(self.language_model.model.layers):
             run = partial(layer, rope=rope, attend=partial(attend, index))
-            hidden = run(hidden) if around is None else around(index, run, hidden)
+            hidden = run(hidden) if layer_hook is None else layer_hook(index, run, hidden)
         return hidden
 
     def compile_layers(self, **options: Any) -> None:
@@ -182,6 +182,8 @@ class Lance(nn.Module):
         # one sample or many, guided or not.
         limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         setattr(torch._dynamo.config, limit, max(KINDS_OF_CALLS, getattr(torch._dynamo.config, limit)))
+        if torch.__version__ < "2.5":  # which would else compile every layer anew
+            torch._dynamo.config.inline_inbuilt_nn_modules = True
         self.compiled = True
         compiled = partial(torch.compile, fullgraph=True, **options)
         before, after = compiled(DecoderLayer.before_attention), compiled(DecoderLayer.after_attention)

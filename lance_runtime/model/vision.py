@@ -18,8 +18,6 @@ ROPE_THETA = 10000.0
 # Tokens that pass the attention's inner part and the MLP at once. More do not make a pass faster, and a clip's 65 000
 # would take 2.9 GB of temporary values (6 s at 480p, bfloat16).
 TOKENS_AT_ONCE = 16384
-# By the borders that all blocks of one pass are given: see ``_segments``.
-SEGMENTS: Any = WeakTensorKeyDictionary()
 
 
 def build_vision(
@@ -43,8 +41,9 @@ def build_vision(
     with torch.device("meta"):
         vision: Any = Qwen2_5_VisionTransformerPretrainedModel(settings)
     vision.patch_embed.proj = PatchProjection(vision.patch_embed.proj)
+    segments = Segments()
     for block in vision.blocks:
-        block.attn = SegmentAttention(block.attn.qkv, block.attn.proj, config.num_heads, attention)
+        block.attn = SegmentAttention(block.attn.qkv, block.attn.proj, config.num_heads, segments, attention)
         block.mlp = GroupedMLP(block.mlp)
     vision = vision.to(dtype).train(False).requires_grad_(False)
     if torch.device(device).type != "meta":
@@ -100,6 +99,29 @@ def encode_vision(vision: Any, patches: Tensor, grid: tuple[int, int, int]) -> T
     return result if isinstance(result, Tensor) else result.pooler_output
 
 
+class Segments:
+    """Segments by their borders, read once for all blocks of a pass: a block's own look would have a device wait."""
+
+    def __init__(self) -> None:
+        self._found: Any = WeakTensorKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def of(self, borders: Tensor) -> list[tuple[int, Tensor]]:
+        """borders (S + 1) -> the length and the tokens of segments of one length, some at a time."""
+        if borders not in self._found:
+            starts: dict[int, list[int]] = {}
+            for start, end in pairwise(borders.tolist()):
+                starts.setdefault(end - start, []).append(start)
+            self._found[borders] = [
+                (length, (group.unsqueeze(1) + torch.arange(length)).flatten().to(borders.device))
+                for length, equal in starts.items()
+                for group in torch.tensor(equal).split(max(1, TOKENS_AT_ONCE // length))
+            ]
+        return self._found[borders]
+
+
 class SegmentAttention(nn.Module):
     """Stands in for the ``attn`` of a transformers vision block, with the same weights under the same names.
 
@@ -107,9 +129,11 @@ class SegmentAttention(nn.Module):
     for a 10 s clip), 5 runs the segments one by one; here all segments of one length are one batch.
     """
 
-    def __init__(self, qkv: nn.Module, proj: nn.Module, num_heads: int, attention: AttentionFunction = sdpa) -> None:
+    def __init__(
+        self, qkv: nn.Module, proj: nn.Module, num_heads: int, segments: Segments, attention: AttentionFunction = sdpa
+    ) -> None:
         super().__init__()
-        self.qkv, self.proj, self.num_heads, self.attention = qkv, proj, num_heads, attention
+        self.qkv, self.proj, self.num_heads, self.segments, self.attention = qkv, proj, num_heads, segments, attention
 
     def forward(
         self,
@@ -126,7 +150,7 @@ class SegmentAttention(nn.Module):
         if position_embeddings is None:
             raise ValueError("the vision block passed no position_embeddings.\nUse transformers 4.50.3 or later.")
         qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(_attend(qkv, position_embeddings, _segments(cu_seqlens), self.attention).flatten(1))
+        return self.proj(_attend(qkv, position_embeddings, self.segments.of(cu_seqlens), self.attention).flatten(1))
 
 
 class PatchProjection(nn.Module):
@@ -161,23 +185,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x * cos.float().unsqueeze(1) + turned * sin.float().unsqueeze(1)).to(x.dtype)
-
-
-def _segments(borders: Tensor) -> list[tuple[int, Tensor]]:
-    """The length and the tokens of segments of one length, some at a time; made once for all blocks with these borders.
-
-    A block's own look at the borders would have a device wait for the host.
-    """
-    if borders not in SEGMENTS:
-        starts: dict[int, list[int]] = {}
-        for start, end in pairwise(borders.tolist()):
-            starts.setdefault(end - start, []).append(start)
-        SEGMENTS[borders] = [
-            (length, (group.unsqueeze(1) + torch.arange(length)).flatten().to(borders.device))
-            for length, equal in starts.items()
-            for group in torch.tensor(equal).split(max(1, TOKENS_AT_ONCE // length))
-        ]
-    return SEGMENTS[borders]
 
 
 def _attend(

@@ -35,7 +35,7 @@ from lance_runtime.engine import Engine  # noqa: E402
 from lance_runtime.prefill import Branch, branch, prefill  # noqa: E402
 from lance_runtime.terminal import DTYPES  # noqa: E402
 from lance_runtime.types import LatentShape, Modality, PixelShape  # noqa: E402
-from lance_runtime.vae import WanVAE, _build, original_name  # noqa: E402
+from lance_runtime.vae import WanVAE, build_vae, original_name  # noqa: E402
 
 REAL_WIDTH = {"hidden": 2048, "layers": 2, "height": 768, "width": 768, "vocabulary": 151936, "vae": 160}
 SYSTEM_TOKENS, CLOSING_TOKENS = 32, 8  # about what the templates around a prompt take
@@ -287,8 +287,8 @@ def profile(step: Callable[[], object]) -> None:
 
 def make_vae(bench: Bench) -> WanVAE:
     encoder = bench.options.vae
-    widths = {"encoder.conv1.weight": (encoder,), "decoder.conv1.weight": (4 * (encoder * 8 // 5),)}
-    shapes = _build({name: torch.empty(shape, device="meta") for name, shape in widths.items()}).state_dict()
+    with torch.device("meta"):
+        shapes = build_vae(encoder, encoder * 8 // 5).state_dict()
     tensors = {
         original_name(name): torch.empty(shape.shape, dtype=bench.dtype, device=bench.device).uniform_(-0.03, 0.03)
         for name, shape in shapes.items()

@@ -97,7 +97,7 @@ def quantised(tree: Path, file: str, form: str) -> None:
     from lance_runtime.quantize import Plan, quantize
 
     source = (tree / file).with_name("model.safetensors")
-    quantize(TensorFile(source), tree / file, Plan(form), folder=source.parent)
+    quantize(TensorFile(source), tree / file, Plan(form))
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ from lance_runtime.engine import Engine
 from lance_runtime.guidance import Guidance
 from lance_runtime.kv_cache import KVCache
 from lance_runtime.prefill import Branch, branch, prefill
+from lance_runtime.quant_formats import FORMATS
 from lance_runtime.quantize import Plan
-from lance_runtime.quantized import FORMATS
 from lance_runtime.types import Modality, PixelShape
 
 FOLDER = Path(__file__).parent
@@ -204,7 +204,7 @@ def counts() -> Iterator[str]:
 def memory() -> Iterator[str]:
     weights = {kind: sum(weight_bytes(kind).values()) for kind in ("bfloat16", *FORMATS)}
     rows = [[work.name, *(short((held(work) + size) / GIGA) for size in (0, *weights.values()))] for work in WORKS]
-    yield from table(["GB", "beside the weights", *(f"with them, {kind}" for kind in weights)], *rows)
+    yield from table(["GB of VRAM", "without weights", *(f"in all, {kind}" for kind in weights)], *rows)
 
 
 def floors() -> Iterator[str]:

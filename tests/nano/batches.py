@@ -16,11 +16,11 @@ from lance_runtime.context import (
     Context,
     Layout,
     Segment,
-    asking,
     closing_ids,
-    drawing,
+    generation_context,
     layout,
     open_context,
+    question_context,
     unconditional_layout,
 )
 from lance_runtime.preprocess import vit_patches
@@ -94,14 +94,15 @@ class Sequencer:
         return system_sentence(example.task, example.prompt)
 
     def _answering(self, context: Context, example: Example, patches: tuple, grids: tuple) -> Item:
-        context = asking(self.tokenizer, context, example.prompt)
+        context = question_context(self.tokenizer, context, example.prompt)
         answer = [*self.tokenizer.encode(str(example.wanted)), *closing_ids(self.tokenizer)]
         last = Segment.text([*context.segments[-1].ids, *answer])
         sequence = layout(Context((*context.segments[:-1], last), context.vision))
         return Item(sequence, patches, grids, answer=len(answer))
 
     def _drawing(self, context: Context, example: Example, grid: LatentShape, rng: random.Random) -> Layout:
-        context, chance = drawing(self.tokenizer, context, example.prompt), rng.random()
+        prompt, chance = self.tokenizer.encode(example.prompt), rng.random()
+        context = generation_context(self.tokenizer, context, prompt)
         if chance < NO_VISUALS:
             return layout(context.without(Modality.PROMPT, *VISUAL_CONDITIONS), grid)
         if chance < NO_VISUALS + NO_PROMPT:

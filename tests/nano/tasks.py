@@ -47,10 +47,6 @@ class Example:
         """Whether training never sees what goes in, or never what comes out."""
         return any(part.held_out for part in (self.wanted, *self.sources) if not isinstance(part, str))
 
-    @property
-    def seen_in_training(self) -> bool:
-        return not self.held_out
-
 
 def frames(scene: Scene | Clip) -> np.ndarray:
     """uint8 (T, SIDE, SIDE, 3)."""

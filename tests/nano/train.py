@@ -1,6 +1,6 @@
 """Nano's training on the runtime's own modules: flow matching on what it draws, next tokens of what it answers.
 
-    python tests/nano/train.py --work DIR --steps 10000 --minutes 85    # again to go on
+    python tests/nano/train.py --work DIR --steps 19200 --minutes 85    # again to go on
     torchrun --nproc-per-node 2 tests/nano/train.py ...                 # two processes, twice the examples a step
 
 DIR holds the VAE's training (``vae.py``); everything is seeded and can be resumed.

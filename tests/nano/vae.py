@@ -1,6 +1,6 @@
 """Nano's VAE: diffusers' Wan 2.2 at small width, made fast enough to be trained on a CPU, and its training.
 
-python tests/nano/vae.py --work DIR --steps 12000            # encoder and decoder
+python tests/nano/vae.py --work DIR --steps 8000             # encoder and decoder
 python tests/nano/vae.py --work DIR --steps 9000 --decoder   # the decoder alone, on the frozen encoder
 torchrun --nproc-per-node 2 tests/nano/vae.py ...            # two processes, twice the examples a step
 """
@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from nano.learning import join_processes, schedule, share_gradients
-from nano.world import Scene, draw_clip, draw_scene, render, render_clip
+from lance_runtime.vae import build_vae  # noqa: E402
+from nano.learning import join_processes, schedule, share_gradients  # noqa: E402
+from nano.world import Scene, draw_clip, draw_scene, render, render_clip  # noqa: E402
 
 WIDTHS = (8, 12)  # encoder and decoder: 3.5 MB in bfloat16
 CHANNELS = 48
@@ -39,11 +40,7 @@ APART = 10**9  # between the seeds of processes
 
 def build(widths: tuple[int, int] = WIDTHS) -> Any:
     """The untrained VAE. Past frames start without a say: pictures alone are then learned by the last kernel slices."""
-    vae: Any = AutoencoderKLWan(
-        base_dim=widths[0], decoder_base_dim=widths[1], z_dim=CHANNELS, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
-        temperal_downsample=[False, True, True], is_residual=True, patch_size=2, in_channels=12, out_channels=12,
-        scale_factor_spatial=16,
-    )  # fmt: skip
+    vae = build_vae(*widths)
     for module in vae.modules():
         if isinstance(module, wan.WanCausalConv3d) and module.kernel_size == (3, 3, 3):
             module.weight.data[:, :, :2] = 0

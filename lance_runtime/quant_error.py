@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .context import Layout, layout
 from .denoise import predict_velocity
-from .dequantize import Plain
+from .dequantize import DequantizedTensors
 from .engine import Engine
 from .model.transformer import Streams
 from .pipeline import LancePipeline, Output, Progress
@@ -22,7 +22,7 @@ from .prefill import branch, prefill
 
 DRAWING, ANSWERING = "drawing", "answering"
 # Where along the schedule velocities are compared: noise alone, half made, and nearly done.
-PLACES = (0.0, 0.5, 0.9)
+SCHEDULE_POINTS = (0.0, 0.5, 0.9)
 ANSWER_TOKENS = 32
 
 
@@ -48,12 +48,12 @@ def _bundled() -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One input of the network: a picture on its way (latents at a sigma), or a question with its answer (``places``)."""
+    """One input of the network: a picture on its way (latents at a sigma), or a question and an answer of some tokens."""
 
     sequence: Layout
     latents: Tensor | None = None
     sigma: float = 0.0
-    places: int = 0
+    answer_tokens: int = 0
 
     @property
     def kind(self) -> str:
@@ -73,19 +73,20 @@ class Comparison:
     """Relative errors against the full weights.
 
     layers: after each layer, when drawing and when answering, as the mean over tokens. velocities: (sigma, error).
-    logits: at all places of the answers, less their mean; same: at how many of ``places`` the likeliest token is the same.
+    logits: at all tokens of the answers, less their mean; same: at how many of these ``answer_tokens`` the likeliest token is
+    the same.
     """
 
     layers: list[tuple[float, float]]
     velocities: list[tuple[float, float]]
     logits: float
     same: int
-    places: int
+    answer_tokens: int
 
 
 @torch.no_grad()
 def compare(
-    pipe: LancePipeline, weights: Plain, settings: Settings | None = None, progress: Progress | None = None
+    pipe: LancePipeline, weights: DequantizedTensors, settings: Settings | None = None, progress: Progress | None = None
 ) -> Comparison:
     """Run a pipeline, put a quantised file's weights in the place of its own (they stay there), and run it again.
 
@@ -93,7 +94,7 @@ def compare(
     own: pictures on their way, and what it says about them. progress: called with (runs done, runs in all).
     """
     settings = (settings or Settings()).complete()
-    count = len(settings.prompts) * (len(PLACES) + 1)
+    count = len(settings.prompts) * (len(SCHEDULE_POINTS) + 1)
     samples: list[Sample] = []
     for index, prompt in enumerate(settings.prompts):
         samples += _samples(pipe, prompt, settings)
@@ -106,36 +107,36 @@ def compare(
 
 
 def _samples(pipe: LancePipeline, prompt: str, settings: Settings) -> Iterator[Sample]:
-    """A picture at some places of its way, and a question about it with the answer."""
+    """A picture at some points of its way, and a question about it with the answer."""
     request = pipe.request("t2i", prompt, height=settings.size, width=settings.size, steps=settings.steps)
     sequence, sigmas = layout(pipe.context(request), request.target()), pipe.sigmas(request)
     steps: list[Any] = list(pipe.stream("t2i", prompt, height=settings.size, width=settings.size, steps=settings.steps))
     start = pipe.noise(request, pipe.context(request), request.target())
     latents = [start, *(step.latents[None] for step in steps)]
-    for place in PLACES:
-        index = int(place * settings.steps)
+    for point in SCHEDULE_POINTS:
+        index = int(point * settings.steps)
         yield Sample(sequence, latents[index], float(sigmas[index]))
     picture = Output(latents=latents[-1][0], decode_latents=pipe.components.vae.decode).frames[0]
     asked: dict[str, Any] = {"images": [picture], "question": settings.question, "max_new_tokens": ANSWER_TOKENS}
     ids = pipe("x2t_image", **asked).token_ids or []
     context = pipe.context(pipe.request("x2t_image", **asked))
-    yield Sample(layout(context.with_text(ids) if ids else context), places=len(ids) + 1)
+    yield Sample(layout(context.with_text(ids) if ids else context), answer_tokens=len(ids) + 1)
 
 
 def _trace(pipe: LancePipeline, samples: Sequence[Sample], tell: Callable[[int], None]) -> Trace:
     trace, engine = Trace(), pipe.components.engine
     for index, sample in enumerate(samples):
-        watched = replace(engine, around=_recorder(trace, sample.kind))
+        watched = replace(engine, layer_hook=_recorder(trace, sample.kind))
         trace.outputs.append(_run(engine, watched, sample).float().cpu())
         tell(index + 1)
     return trace
 
 
 def _run(engine: Engine, watched: Engine, sample: Sample) -> Tensor:
-    """The velocity, or the logits (places, V)."""
+    """The velocity, or the logits (answer_tokens, V)."""
     if sample.latents is None:
         _, states = prefill(watched, sample.sequence)
-        return engine.model.logits(states[0, -sample.places :])
+        return engine.model.logits(states[0, -sample.answer_tokens :])
     latents = sample.latents.to(engine.device, engine.dtype)
     times = torch.full((1, latents.shape[2]), sample.sigma, device=engine.device)
     return predict_velocity(watched, latents, times, [branch(engine, sample.sequence)])
@@ -144,21 +145,21 @@ def _run(engine: Engine, watched: Engine, sample: Sample) -> Tensor:
 def _recorder(trace: Trace, kind: str) -> Callable[[int, Callable[[Streams], Streams], Streams], Streams]:
     """Keeps what a layer gives: the generation expert's states when drawing, the understanding expert's when answering."""
 
-    def around(index: int, layer: Callable[[Streams], Streams], hidden: Streams) -> Streams:
+    def record(index: int, layer: Callable[[Streams], Streams], hidden: Streams) -> Streams:
         found = layer(hidden)
         part = found.und if kind == ANSWERING else found.gen
         trace.states.setdefault((kind, index), []).append(part[0].cpu())
         return found
 
-    return around
+    return record
 
 
-def put(model: nn.Module, weights: Plain, dtype: torch.dtype, device: torch.device) -> None:
+def put(model: nn.Module, weights: DequantizedTensors, dtype: torch.dtype, device: torch.device) -> None:
     """A file's quantised weights in the place of a network's own, one at a time, and what ComfyUI does to their inputs."""
     for name in weights.layers:
         owner, _, leaf = name.rpartition(".")
         parameter = nn.Parameter(weights[name].to(device, dtype), requires_grad=False)
-        module, rounded = model.get_submodule(owner), weights.layers[name].kind.inputs
+        module, rounded = model.get_submodule(owner), weights.layers[name].format.inputs
         module.register_parameter(leaf, parameter)
         if rounded is not None:
             module.register_forward_pre_hook(partial(_with_inputs, rounded))
@@ -184,7 +185,7 @@ def _compared(samples: Sequence[Sample], before: Trace, after: Trace) -> Compari
         velocities=[(sigma, sum(errors) / len(errors)) for sigma, errors in at.items()],
         logits=_error(*centred),
         same=int((logits[0].argmax(1) == logits[1].argmax(1)).sum()),
-        places=len(logits[0]),
+        answer_tokens=len(logits[0]),
     )
 
 
