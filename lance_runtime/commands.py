@@ -75,8 +75,10 @@ def quantize_parser() -> Parser:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the hub's tree, or a single file")
     parser.add_argument("--variant", choices=tuple(VARIANT_FOLDERS), default="image", help="checkpoint (default: %(default)s)")
-    parser.add_argument("--format", choices=tuple(FORMATS), required=True, help="fp8 halves the file, nvfp4 makes it a third")
-    parser.add_argument("--scope", choices=SCOPES, default="both", help="expert: drawing, understanding (default: both)")
+    parser.add_argument(
+        "--format", choices=tuple(FORMATS), required=True, help="fp8, int8, mxfp8: about half the size; nvfp4: a third"
+    )
+    parser.add_argument("--scope", choices=SCOPES, default="both", help="expert: gen draws, und reads and answers")
     parser.add_argument("--output", type=Path, required=True, help="file to write, .safetensors")
     parser.add_argument("--keep-layers", default="0,-1", help="layers to leave alone; '' for none (default: %(default)s)")
     parser.add_argument("--no-measure", action="store_true", help="write the file and do not run the network")

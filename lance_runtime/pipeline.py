@@ -182,6 +182,7 @@ class LancePipeline:
             yield Token(token, parts.tokenizer.decode(ids))
 
     def context(self, request: Request) -> Context:
+        """What the model has seen before it draws or answers; reads the sources with ViT and VAE."""
         if request.context is not None:
             return request.context
         tokenizer, visuals = self.components.tokenizer, list(self._visuals(request))
@@ -216,6 +217,7 @@ class LancePipeline:
         return encode_given(pictures, target, self.components.vae.encode)
 
     def branches(self, request: Request, context: Context, target: LatentShape) -> Branches:
+        """The guidance branches over a context: the prompt, the negative one or none, and nothing at all."""
         before: list[Branch] = []
 
         def made(sequence: Callable[[], Layout]) -> Callable[[], Branch]:
@@ -238,9 +240,11 @@ class LancePipeline:
         return unconditional_layout(context, target, request.guidance.uncond_positions)
 
     def sigmas(self, request: Request) -> Tensor:
+        """The schedule, float32 (steps + 1), falling."""
         return flow_sigmas(request.steps, request.shift) if request.sigmas is None else check_sigmas(request.sigmas)
 
     def noise(self, request: Request, context: Context, target: LatentShape) -> Tensor:
+        """Where drawing begins, float32 (B, C, T, H, W): the caller's, or one draw for each seed."""
         channels = self.components.model.config.latent_channels
         if request.noise is not None:
             noise = check_noise(request.noise, (channels, *target), request.batch)

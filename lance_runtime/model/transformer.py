@@ -81,6 +81,11 @@ class DecoderLayer(nn.Module):
         self.before, self.after = DecoderLayer.before_attention, DecoderLayer.after_attention
 
     def forward(self, hidden: Streams, rope: Streams, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Streams:
+        """Hidden states (B, L, D) of both experts and their rope tables -> the states after the layer.
+
+        attend: queries (B, H, L, d), keys and values (B, Hkv, L, d) of all tokens, the understanding expert's first, ->
+        (B, L, H * d).
+        """
         projected, lengths = [], []
         for (expert, x), (_, table) in zip(hidden.experts, rope.experts, strict=True):
             projected.append(self.before(self, x, table, expert))
