@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -51,7 +52,7 @@ class Tensors(Mapping[str, Tensor]):
 class TensorFile(Tensors):
     """Tensors of one file, and its ``metadata``.
 
-    safetensors are memory-mapped; pickles (.pth, .pt) are loaded with ``weights_only`` and memory-mapped too.
+    safetensors are memory-mapped; pickles (.pth, .pt) are loaded with ``weights_only``, and memory-mapped where they can be.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -75,7 +76,8 @@ class TensorFile(Tensors):
 
     def _open_pickle(self) -> None:
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            # Only zip archives, which torch has written since 1.6, can be mapped.
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zipfile(self.path))
         except Exception as error:
             raise ValueError(
                 f"{self.path.name} ({self.path.stat().st_size} bytes) is no complete pickle of tensors: {_first_line(error)}\n"
@@ -173,7 +175,9 @@ def guess_variant(file: TensorFile) -> str | None:
     """
     if (stated := file.metadata.get(VARIANT_HEADER)) in (ANY_VARIANT, "image", "video"):
         return stated
-    table, name = file.shapes.get(POSITION_TABLE), f"{file.path.parent.name}/{file.path.name}".lower()
+    table = file.shapes.get(POSITION_TABLE)
+    # The hub's files have all one name, in folders that say what they are.
+    name = (file.path.parent.name if file.path.name == "model.safetensors" else file.path.name).lower()
     if has_own_vit(file) or "video" in name:
         return "video"
     if table is not None:

@@ -407,6 +407,23 @@ def test_variants_are_told_apart(tmp_path):
         assert guess_variant(TensorFile(tmp_path / f"{name}.safetensors")) == expected, name
 
 
+def test_a_folder_of_videos_makes_no_video_checkpoint(tmp_path):
+    for folder, name, expected in (("videos", "a", "image"), ("my_video", "model", "video")):
+        path = tmp_path / folder / f"{name}.safetensors"
+        path.parent.mkdir()
+        save_file(load_file(MODEL), path)
+        assert guess_variant(TensorFile(path)) == expected
+
+
+def test_pickles_of_before_zip_archives_are_read(tmp_path):
+    """Which of the two formats a file has, only its bytes tell."""
+    expected = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.bfloat16)}
+    torch.save(expected, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    found = TensorFile(tmp_path / "old.pth")
+    assert found.shapes == {"a": (3, 4), "b": (5,)}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 # Refusals
 
 
