@@ -120,7 +120,7 @@ def described(shape: PixelShape, sizes: TrainedSizes) -> str:
     most = sizes.image if picture else sizes.video
     beyond = [f"{most[1]} x {most[0]} pixels"] if shape.width * shape.height > LARGER * math.prod(most) else []
     beyond += [f"{sizes.most_frames} frames"] if shape.frames > sizes.most_frames else []
-    warning = f"Lance was not trained beyond {' and '.join(beyond)}: things may repeat."
+    warning = f"This model was not trained beyond {' and '.join(beyond)}: things may repeat."
     return f"{note}\n{warning}" if beyond else note
 
 

@@ -212,7 +212,7 @@ def test_sizes_are_said_and_beyond_the_trained_ones_warned_of(server):
     graph["empty"]["inputs"].update(size="custom", width=192, height=96)
     note = server.run(graph).outputs["empty"]["text"][0]
     assert "192 x 96" in note
-    assert "Nothing beyond 96 x 96 pixels was trained" in note
+    assert "This model was not trained beyond 96 x 96 pixels" in note
 
 
 @gated(DRAWS)
