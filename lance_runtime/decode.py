@@ -12,13 +12,12 @@ from torch import Tensor
 
 from .context import Layout
 from .engine import Engine
-from .kv_cache import KVCache
+from .kv_cache import ANSWER_ROOM, KVCache
 from .model.attention import without_cudnn_attention
+from .model.rope import Rope
 from .model.transformer import Streams
 from .prefill import prefill
 from .tokenizer import IM_END, LanceTokenizer
-
-ROOM = 1024  # tokens that the cache grows by: few answers are as long as they may be
 
 
 @dataclass(frozen=True)
@@ -109,15 +108,17 @@ def decode(
     generator = torch.Generator().manual_seed(sampling.seed)
     written: list[int] = []
     for step in range(max_new_tokens):
-        if step % ROOM == 0:
-            cache.reserve(min(ROOM, max_new_tokens - step))
+        if step % ANSWER_ROOM == 0:
+            more = min(ANSWER_ROOM, max_new_tokens - step)
+            cache.reserve(more)
+            rope = engine.rope((position + step + torch.arange(more)).expand(3, -1))
         logits = engine.model.logits(last)[0, -1, :vocabulary].float()
         token = sampling.choose(logits, written, generator)
         if token == stop:
             return
         written.append(token)
         if step + 1 < max_new_tokens:  # before the caller has it: a device works on while the text is shown
-            last = next_states(engine, cache, token, position + step)
+            last = next_states(engine, cache, token, rope.at(step % ANSWER_ROOM))
         yield token
 
 
@@ -127,13 +128,12 @@ def check_length(max_new_tokens: int) -> None:
 
 
 @without_cudnn_attention()
-def next_states(engine: Engine, cache: KVCache, token: int, position: int) -> Tensor:
-    """Read one token into the cache; returns its final states (1, 1, D)."""
+def next_states(engine: Engine, cache: KVCache, token: int, rope: Rope) -> Tensor:
+    """Read one token into the cache, with the rotary table of its position; returns its final states (1, 1, D)."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return engine.attend_fully(q, *cache.append(layer, k, v))
 
-    rope = Streams(und=engine.rope(torch.full((3, 1), position)))
-    result = engine.run(Streams(und=engine.embed([token])), rope, attend)
+    result = engine.run(Streams(und=engine.embed([token])), Streams(und=rope), attend)
     cache.commit(1)
     return result.und

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 from .context import Context
 from .engine import Engine
 from .guidance import Guidance
+from .model.attention import without_cudnn_attention
 from .model.rope import Rope
 from .model.transformer import Streams
 from .prefill import Branch
@@ -163,7 +165,9 @@ def _velocities(engine: Engine, latents: Tensor, timesteps: Tensor, branches: Se
     """One float32 velocity a branch: together while their tokens are few, else one after another."""
     batch, count = latents.shape[0], len(branches)
     x = latents.to(engine.dtype)
-    if count > 1 and batch * count * x[0, 0].numel() <= BATCHED_TOKENS:
-        repeated = x.repeat(count, 1, 1, 1, 1), timesteps.repeat(count, 1)
-        return list(predict_velocity(engine, *repeated, branches).float().split(batch))
-    return [predict_velocity(engine, x, timesteps, [branch]).float() for branch in branches]
+    tokens = batch * count * x[0, 0].numel()
+    with without_cudnn_attention() if tokens <= BATCHED_TOKENS else nullcontext():  # prompts of any length are new shapes
+        if count > 1 and tokens <= BATCHED_TOKENS:
+            repeated = x.repeat(count, 1, 1, 1, 1), timesteps.repeat(count, 1)
+            return list(predict_velocity(engine, *repeated, branches).float().split(batch))
+        return [predict_velocity(engine, x, timesteps, [branch]).float() for branch in branches]

@@ -86,7 +86,7 @@ class LancePipeline:
         vit: str = "auto",
         offload: str = "none",
         tiled_vae: bool = False,
-        compile: bool = False,  # noqa: A002  # the field's word for it
+        compile: bool | str = False,  # noqa: A002  # the field's word for it
     ) -> LancePipeline:
         """Load a tree as on the hub (or a single file that carries its configuration, with ViT and VAE beside it).
 
@@ -94,10 +94,11 @@ class LancePipeline:
         default the accelerator in bfloat16, or the CPU in float32. vit: the vision tower, "checkpoint" (the file's own),
         "standalone" (the separate one) or "auto" (its own where it has one, as the reference). offload: "none", "model"
         (one part at a time on the device) or "layer". tiled_vae: pictures pass the VAE in tiles, in less memory.
-        compile: run the layers through ``torch.compile``; the first call of each size takes minutes longer. Raises
-        ``FileNotFoundError`` and ``ValueError`` that name the file.
+        compile: run the layers through ``torch.compile``, in one of its modes ("reduce-overhead") or its default one;
+        the first call of each size takes minutes longer. Raises ``FileNotFoundError`` and ``ValueError`` that name the
+        file.
         """
-        check_offload(offload, compile)
+        check_offload(offload, bool(compile))
         target = checked_device(device)
         weights_on = target if offload == "none" else torch.device("cpu")
         sources = find_sources(Path(folder), variant, vit)
@@ -105,7 +106,7 @@ class LancePipeline:
         components.vae.tiled = tiled_vae
         add_offloading(components, offload)
         if compile:
-            components.model.compile_layers()
+            components.model.compile_layers(**({"mode": compile} if isinstance(compile, str) else {}))
         return cls(components, None if guess_variant(sources.model) == ANY_VARIANT else variant)
 
     def __call__(self, task: str, prompt: str = "", *, progress: Progress | None = None, **arguments: Any) -> Output:

@@ -67,13 +67,17 @@ def blocks(layout: Layout, done: int = 0) -> list[list[Split]]:
 
 def branch(engine: Engine, layout: Layout, beside: Iterable[Branch] = ()) -> Branch:
     """Prefill a layout and prepare its target. beside: branches of the same engine, whose pictures need no second reading."""
+    beside = tuple(beside)
     done, other = already_read(layout, beside)
     lengths = [len(split) for split in layout.prefix]
-    begun = None if other is None else other.cache.clone(sum(lengths), sum(lengths[:done]))
+    begun = None if other is None else other.cache.fork(sum(lengths[:done]), sum(lengths))
     cache, _ = prefill(engine, layout, begun, done)
     target = layout.target
     boundary = engine.embed([layout.vision.start, layout.vision.end])
-    positions = latent_positions(engine, target.segment.grid)
+    grid = target.segment.grid
+    same = (other.position_embeddings for other in beside if other.layout.target.segment.grid == grid)
+    positions = next(same, None)
+    positions = latent_positions(engine, grid) if positions is None else positions
     return Branch(layout, cache, _visual_rope(engine, target.positions), boundary, positions)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .context import Layout, Segment
 from .engine import Engine
-from .kv_cache import KVCache
+from .kv_cache import ANSWER_ROOM, KVCache
 from .prefill import prefill
 
 Kept = TypeVar("Kept")
@@ -102,11 +102,12 @@ class PrefixCache:
         if not segments or torch.is_grad_enabled():
             return prefill(engine, layout)
         done, key = len(segments), _key(weights, engine, segments)
-        cache = KVCache(engine.model.config, sum(map(len, layout.prefix)), engine.dtype, engine.device)
+        capacity = sum(map(len, layout.prefix)) + ANSWER_ROOM  # growing would copy all of it
+        cache = KVCache(engine.model.config, capacity, engine.dtype, engine.device)
         kept = self.entries.get(key)
         if kept is None:
             prefill(engine, replace(layout, splits=layout.splits[:done]), cache)
-            layers = [layer[:, :, :, : cache.length].to("cpu", copy=True) for layer in cache.layers]
+            layers = [cache.committed(index).to("cpu", copy=True) for index in range(len(cache.layers))]
             self.entries.put(key, KeptPrefix(segments, layers), sum(layer.nbytes for layer in layers))
         else:
             cache.fill(kept.layers)

@@ -1,7 +1,9 @@
 """Lance as ComfyUI's MODEL: one root module with both experts, and a prefix that lives for one sampling run."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from ..lance_runtime.checkpoint import ANY_VARIANT, HEADER_TENSOR, VARIANT_HEADER, pack_header
 from ..lance_runtime.config import LanceConfig
-from ..lance_runtime.denoise import predict_velocity
+from ..lance_runtime.denoise import BATCHED_TOKENS, predict_velocity
 from ..lance_runtime.engine import Engine
-from ..lance_runtime.model.transformer import Lance, Streams
+from ..lance_runtime.model.attention import without_cudnn_attention
+from ..lance_runtime.model.transformer import Lance, Streams, held_share
 from ..lance_runtime.prefill import Branch, already_read, branch
 from ..lance_runtime.reuse import PrefixCache
 from ..lance_runtime.tokenizer import LanceTokenizer
@@ -196,6 +199,11 @@ class LanceModel(comfy.model_base.BaseModel):
         found = super().get_dtype_inference()
         return torch.float32 if found == torch.float16 else found
 
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: dict | None = None) -> float:
+        # ComfyUI's formula is linear in the tokens; ours hold less each the more they are.
+        tokens = input_shape[0] * math.prod(input_shape[2:])
+        return super().memory_required(input_shape, cond_shapes or {}) * held_share(tokens)
+
     def process_timestep(self, timestep: Tensor, **kwargs: Any) -> Tensor:
         # The network sees sigma, whatever multiplier ModelSamplingSD3 or AuraFlow has put here; Flux's has none.
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)
@@ -238,12 +246,18 @@ class LanceModel(comfy.model_base.BaseModel):
         if prefix is not None:
             kwargs["prefix"] = self._branches(prefix if isinstance(prefix, list) else [prefix], x)
         if given_mask is None:
-            return super()._apply_model(x, t, *args, **kwargs)
+            return self._network(x, t, *args, **kwargs)
         # A frame masked whole is given: it enters clean, at time 0. A mask over a part of one is plain inpainting.
         moving = given_mask.to(x).amax(dim=(1, 3, 4)) > 0  # (B, T)
         clean = torch.where(moving[:, None, :, None, None], x, given_latents.to(x))
-        denoised = super()._apply_model(clean, t, *args, moving=moving, **kwargs)
+        denoised = self._network(clean, t, *args, moving=moving, **kwargs)
         return denoised + (x - clean)  # so that x - denoised is sigma * velocity everywhere
+
+    def _network(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Out here, since a compiled network cannot change the flag.
+        short = x.shape[0] * math.prod(x.shape[2:]) <= BATCHED_TOKENS
+        with without_cudnn_attention() if short else nullcontext():
+            return super()._apply_model(x, *args, **kwargs)
 
     def _branches(self, prefixes: list[Prefix], x: Tensor) -> list[Any]:
         """Prefilled outside the (perhaps compiled) network; with gradients the network does it, and nothing is kept."""

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from lance_runtime import Guidance, LancePipeline
 from lance_runtime.model import linear
 from lance_runtime.model.linear import Linear, row_product
+from lance_runtime.model.transformer import Lance
 
 
 @pytest.fixture
@@ -103,3 +104,11 @@ def test_one_row_goes_its_own_way(monkeypatch):
     layer(torch.randn(1, 2, 40))
     layer.bfloat16()(torch.randn(1, 1, 40, dtype=torch.bfloat16))
     assert seen == [40]
+
+
+def test_a_mode_of_torch_compile_is_passed_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Lance, "compile_layers", lambda model, **options: seen.append(options))
+    for asked in (False, True, "reduce-overhead"):
+        LancePipeline.from_pretrained(goldens.CHECKPOINT, "image", device="cpu", compile=asked)
+    assert seen == [{}, {"mode": "reduce-overhead"}]

@@ -14,8 +14,9 @@ import tasks
 import torch
 from torch.utils import backend_registration
 
+from lance_runtime import denoise as denoise_room
 from lance_runtime.model import attention as attention_room
-from lance_runtime.model.attention import sdpa, without_cudnn_attention
+from lance_runtime.model.attention import sdpa, surely_fused, without_cudnn_attention
 
 HERE = Path(__file__).parent
 FILES = [*(HERE.parent / "lance_runtime").rglob("*.py"), *(HERE.parent / "nodes").rglob("*.py"), HERE.parent / "__init__.py"]
@@ -73,7 +74,7 @@ except RuntimeError as error:
 
 @pytest.mark.skipif(torch.__version__ < "2.5", reason="torch prefers cuDNN from 2.5 on")
 def test_reading_and_decoding_go_without_plans_for_one_shape(image_pipe, monkeypatch):
-    """cuDNN's attention is off where every call has another shape, as it was afterwards, and on for the steps."""
+    """cuDNN's attention is off where every call has another shape, and for pictures; for the steps of clips it is on."""
     components, seen, plans = image_pipe.components, {True: 0, False: 0}, torch.backends.cuda.cudnn_sdp_enabled
 
     def attention(q, k, v):
@@ -86,19 +87,39 @@ def test_reading_and_decoding_go_without_plans_for_one_shape(image_pipe, monkeyp
     assert seen.pop(True) == 0
     assert seen[False] > 0
     assert plans()
-    seen[True] = 0
-    image_pipe(**tasks.arguments("t2i") | {"steps": 1})
-    assert seen[True] > 0
+    for few, steps in ((True, "off"), (False, "on")):
+        seen.update({True: 0, False: 0})
+        monkeypatch.setattr(denoise_room, "BATCHED_TOKENS", 8192 if few else 0)
+        image_pipe(**tasks.arguments("t2i") | {"steps": 1})
+        assert (seen[True] > 0) == (steps == "on")
+    assert plans()
     with pytest.raises(ZeroDivisionError), without_cudnn_attention():
         raise ZeroDivisionError
     assert plans()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "capability", "hip", "fused"),
+    [
+        ("cpu", torch.bfloat16, None, None, True),
+        ("cuda", torch.bfloat16, (8, 0), None, True),
+        ("cuda", torch.bfloat16, (7, 5), None, False),
+        ("cuda", torch.float32, (7, 5), None, True),
+        ("cuda", torch.bfloat16, (9, 4), "6.2", False),
+        ("mps", torch.float32, None, None, False),
+    ],
+)
+def test_where_torch_never_writes_scores_out(kind, dtype, capability, hip, fused, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert surely_fused(torch.device(kind), dtype) == fused
 
 
 def test_attention_that_may_write_scores_out_goes_in_parts(monkeypatch):
     q, k, v = torch.randn(2, 3, 50, 8), torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
     expected, calls, real = sdpa(q, k, v), [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *x: calls.append(x[0].shape) or real(*x))
-    monkeypatch.setattr(attention_room, "surely_fused", lambda device: False)
+    monkeypatch.setattr(attention_room, "surely_fused", lambda device, dtype: False)
     monkeypatch.setattr(attention_room, "MAX_UNFUSED_SCORES", 2 * 3 * 20 * 16)
     torch.testing.assert_close(sdpa(q, k, v), expected)
     assert [shape[2] for shape in calls] == [16, 16, 16, 2]

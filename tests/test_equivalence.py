@@ -107,20 +107,20 @@ def test_a_prefix_extended_later_equals_one_made_at_once(task, pipe):
     at_once, hidden = prefill(engine, sequence)
     for done in range(1, len(sequence.prefix)):
         begun, _ = prefill(engine, type(sequence)(sequence.prefix[:done], sequence.vision))
-        length, before = begun.length, begun.layers[0][:, :, :, : begun.length].clone()
-        extended, states = prefill(engine, sequence, begun.clone(), done)
+        length, before = begun.length, begun.committed(0).clone()
+        extended, states = prefill(engine, sequence, begun.fork(begun.length), done)
         assert extended.length == at_once.length
-        for mine, whole in zip(extended.layers, at_once.layers, strict=True):
-            close(mine[:, :, :, : at_once.length], whole[:, :, :, : at_once.length])
+        for layer in range(len(at_once.layers)):
+            close(extended.committed(layer), at_once.committed(layer))
         close(states[:, -1], hidden[:, -1])
         assert begun.length == length
-        assert torch.equal(begun.layers[0][:, :, :, :length], before)
+        assert torch.equal(begun.committed(0), before)
 
 
 @pytest.mark.parametrize("positions", ["cached", "dense"])
 @pytest.mark.parametrize("task", ["image_edit", "video_edit", "subject_image", "t2i"])
 def test_a_picture_is_read_once_for_all_branches(task, positions, pipe):
-    """The second branch begins with a copy of what the first has read of the pictures, and ends with the same numbers."""
+    """The second branch shares what the first has read of the pictures, and ends with the same numbers."""
     engine, context = pipe.components.engine, context_of(pipe, task)
     target = pipe.request(**tasks.arguments(task)).target()
     first = branch(engine, layout(context, target))
@@ -129,7 +129,8 @@ def test_a_picture_is_read_once_for_all_branches(task, positions, pipe):
     reads = (layer.q_proj, layer.q_proj_moe_gen)
     hooks = [read.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1])) for read in reads]
     alone = branch(engine, sequence)
-    whole, before = sum(lengths), [layer[:, :, :, : first.cache.length].clone() for layer in first.cache.layers]
+    layers = range(len(first.cache.layers))
+    whole, before = sum(lengths), [first.cache.committed(layer).clone() for layer in layers]
     del lengths[:]
     found = branch(engine, sequence, [first, alone])
     for hook in hooks:
@@ -138,10 +139,11 @@ def test_a_picture_is_read_once_for_all_branches(task, positions, pipe):
     shared = sum(len(split) for split in sequence.prefix[: visuals[-1] + 1]) if visuals else 0
     assert sum(lengths) == whole - shared
     assert found.cache.length == alone.cache.length
-    for mine, whole in zip(found.cache.layers, alone.cache.layers, strict=True):
-        close(mine[:, :, :, : found.cache.length], whole[:, :, :, : found.cache.length])
-    for old, layer in zip(before, first.cache.layers, strict=True):
-        assert torch.equal(layer[:, :, :, : first.cache.length], old)
+    tokens = found.cache.length - shared
+    assert found.cache.nbytes == tokens * engine.model.config.kv_values_per_token * engine.dtype.itemsize
+    for layer in layers:
+        close(found.cache.committed(layer), alone.cache.committed(layer))
+        assert torch.equal(first.cache.committed(layer), before[layer])
 
 
 def test_other_positions_or_pictures_are_not_shared(image_pipe):
@@ -355,7 +357,7 @@ def test_an_answer_outgrows_its_room(image_pipe, monkeypatch):
     """The cache grows while an answer is written, and says the same."""
     arguments, capacities, real = tasks.arguments("x2t_image") | {"max_new_tokens": 7}, [], KVCache.reserve
     expected = image_pipe(**arguments).token_ids
-    monkeypatch.setattr("lance_runtime.decode.ROOM", 3)
+    monkeypatch.setattr("lance_runtime.decode.ANSWER_ROOM", 3)
     monkeypatch.setattr(KVCache, "reserve", lambda cache, tokens: capacities.append(tokens) or real(cache, tokens))
     assert len(expected) == 7
     assert image_pipe(**arguments).token_ids == expected
@@ -552,16 +554,29 @@ def test_reserve_makes_room_and_keeps_the_tokens():
     assert cache.layers[0] is block
 
 
-def test_a_clone_is_independent():
-    cache, (k, _) = filled()
-    copy = cache.clone(capacity=6)
-    assert (copy.length, copy.capacity) == (3, 6)
-    assert cache.clone().capacity == 3
-    copy.append(0, *keys(2, 5))
-    copy.commit(2)
-    copy.layers[1].zero_()
-    assert cache.length == 3
-    assert torch.equal(cache.layers[1][0, :, :, :3], k)
+def test_a_fork_shares_what_was_read_and_nothing_else():
+    cache, (k, v) = filled(tokens=5)
+    first = cache.fork(3, capacity=6)
+    assert (first.length, first.capacity, first.nbytes) == (3, 6, cache.nbytes // 8 * 3)
+    more_k, more_v = keys(2, 5)
+    for layer in range(2):
+        seen_k, _ = first.append(layer, more_k, more_v)
+    first.commit(2)
+    assert torch.equal(seen_k, torch.cat([k[:, :, :3], more_k], dim=2))
+    assert first.committed(0).data_ptr() != cache.committed(0).data_ptr()
+    second, (last_k, last_v) = first.fork(4), keys(1, 6, batch=2)  # of a fork, and within what it has written
+    second.reserve(1)
+    second.append(0, *keys(1, 7))
+    seen_k, seen_v = second.attached(0, last_k, last_v)
+    expected = [
+        torch.cat([old[:, :, :3], new[:, :, :1]], dim=2).expand(2, -1, -1, -1) for old, new in ((k, more_k), (v, more_v))
+    ]
+    assert torch.equal(seen_k, torch.cat([expected[0], last_k], dim=2))
+    assert torch.equal(seen_v, torch.cat([expected[1], last_v], dim=2))
+    assert (cache.length, first.length, second.length) == (5, 5, 4)
+    assert torch.equal(cache.committed(1)[0], k)
+    assert torch.equal(first.committed(1)[1], torch.cat([v[:, :, :3], more_v], dim=2))
+    assert cache.fork(2).capacity == 2
 
 
 def test_gradients_reach_appended_keys():
@@ -626,3 +641,15 @@ class WithWeights(nn.Module):
 
     def state_dict(self):
         return self.weights
+
+
+def test_an_mlp_in_groups_of_tokens_is_the_same(monkeypatch):
+    mlp, x = small_engine().model.language_model.model.layers[0].mlp_moe_gen, random(2, 7, 32)
+    with torch.no_grad():
+        whole = mlp(x)
+        monkeypatch.setattr("lance_runtime.model.transformer.ROWS_AT_ONCE", 4)
+        lengths = []
+        hook = mlp.gate_proj.register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
+        torch.testing.assert_close(mlp(x), whole, atol=1e-6, rtol=1e-6)
+        hook.remove()
+    assert lengths == [4, 4, 4, 2]

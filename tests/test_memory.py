@@ -19,7 +19,7 @@ from lance_runtime.context import Context, Segment, VisionTokens, layout
 from lance_runtime.denoise import predict_velocity
 from lance_runtime.engine import Engine
 from lance_runtime.memory import MODULES_IN_FLIGHT, PREFETCH_BYTES, Copied, WeightStreamer, default_dtype
-from lance_runtime.model.transformer import Lance
+from lance_runtime.model.transformer import Lance, held_share
 from lance_runtime.prefill import branch
 from lance_runtime.types import LatentShape
 
@@ -218,9 +218,10 @@ def test_a_step_holds_what_comfyui_is_told(grid, branches, dtype):
         with Alive() as alive:
             predict_velocity(engine, latents, times, prefixes)
     factor = float(re.search(r"memory_usage_factor = ([\d.]+)", (ROOT / "nodes" / "model.py").read_text("utf-8"))[1])
-    told = branches * grid.tokens * dtype.itemsize * 0.01 * factor * 2**20
+    told = branches * grid.tokens * dtype.itemsize * 0.01 * factor * 2**20 * held_share(branches * grid.tokens)
     places = sum(one.position_embeddings.nbytes + 2 * one.rope.gen.cos.nbytes for one in prefixes)
-    assert 0.75 < (alive.most + places) / told < 1
+    least = 0.75 if dtype == torch.bfloat16 else 0.65  # nothing is cast in float32
+    assert least < (alive.most + places) / told < 1
 
 
 def test_by_layer_the_whole_pipeline_computes_on_the_device_from_weights_beside_it():

@@ -188,3 +188,18 @@ def test_pixels_that_do_not_fit_are_refused(shape, named):
 @pytest.mark.parametrize("shape", [(16, 1, 4, 4), (48, 4, 4), (1, 1, 48, 1, 4, 4), (48, 0, 4, 4)])
 def test_latents_that_do_not_fit_are_refused(shape):
     assert str(list(shape)) in refusal(vae().decode, torch.zeros(shape))
+
+
+def test_a_picture_does_not_multiply_the_zeros_before_it():
+    """The same numbers as diffusers' own convolution over two frames of zeros and the picture."""
+    vae, latents = WanVAE.from_tensors(weights()), torch.randn(48, 1, 4, 6, generator=torch.Generator().manual_seed(3))
+    pixels = torch.rand(3, 1, 64, 96, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    found = vae.decode(latents), vae.encode(pixels)
+    causal, quick = vae_room._convolutions()
+    quicks = [module for module in vae.module.modules() if type(module) is quick]
+    assert quicks
+    for module in quicks:
+        module.__class__ = causal
+    slow = vae.decode(latents), vae.encode(pixels)
+    assert int((found[0].int() - slow[0].int()).abs().max()) <= 1
+    torch.testing.assert_close(found[1], slow[1], atol=1e-5, rtol=1e-5)

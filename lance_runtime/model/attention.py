@@ -19,9 +19,9 @@ MAX_UNFUSED_SCORES = 2**28  # written out at once where attention is not fused: 
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Where each call has another shape, attention goes without cuDNN.
+    """Where many calls have another shape each, or few the same, attention goes without cuDNN.
 
-    torch prefers it on the newest cards, plans it for one exact shape (tens of milliseconds), and keeps every plan.
+    torch prefers it on the newest cards, plans it for one exact shape (up to half a second), and keeps every plan.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -33,16 +33,19 @@ def without_cudnn_attention() -> Iterator[None]:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The default attention function: torch's own, without a mask."""
-    if surely_fused(q.device):
+    if surely_fused(q.device, q.dtype):
         return F.scaled_dot_product_attention(q, k, v)
     rows = max(1, MAX_UNFUSED_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
     parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(rows, dim=2)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def surely_fused(device: torch.device) -> bool:
+def surely_fused(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch never writes all scores out; elsewhere that depends on card and release, and a clip's are 7e9."""
-    return device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type == "cpu"
+    # Cards before Ampere have no fused attention in bfloat16.
+    return dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, attention: AttentionFunction = sdpa) -> Tensor:
@@ -54,7 +57,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, attention: AttentionFunction
     batch, heads, length, width = q.shape
     groups = k.shape[1]
     out = attention(q.reshape(batch, groups, -1, width), k, v)
-    return out.reshape(batch, heads, length, width).transpose(1, 2).flatten(2)
+    return out.unflatten(2, (heads // groups, length)).permute(0, 3, 1, 2, 4).flatten(2)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

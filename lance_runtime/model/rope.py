@@ -22,6 +22,10 @@ class Rope(NamedTuple):
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
 
+    def at(self, index: int) -> Rope:
+        """The table of one token."""
+        return Rope(*(part[:, :, index : index + 1] for part in self))
+
     @classmethod
     def stack(cls, tables: Sequence[Rope], repeats: int) -> Rope:
         """One table for a batch in which each table's rows come ``repeats`` times in a row."""

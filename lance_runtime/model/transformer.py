@@ -24,6 +24,10 @@ from .rope import Rope
 
 UND, GEN = "", "_moe_gen"
 KINDS_OF_CALLS = 64  # for which one function may be compiled
+ROWS_AT_ONCE = 8192  # that pass an MLP: more are not faster, and a clip of 49 000 tokens would take 2 GB of wide ones
+
+# Of what a layer holds for a token of a short run, an MLP's wide rows; counted (tests/test_memory.py).
+WIDE_SHARE = 0.45
 
 # Attention over what one run of tokens may see: layer index, q (B, H, L, d), k, v (B, Hkv, L, d) -> (B, L, H * d).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -54,16 +58,30 @@ class MLP(nn.Module):
         self.down_proj = operations.Linear(inner, hidden, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        """(B, L, D) -> (B, L, D); the wide rows between exist for some tokens at a time, and are written over in place."""
         if torch.is_grad_enabled():
-            return self.down_proj(F.silu(gate) * up)
-        # In place: these are the widest rows there are, and a third of them would be what a clip fails for.
-        return self.down_proj(F.silu(gate, inplace=True).mul_(up))
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) <= ROWS_AT_ONCE:
+            return self._gated(x)
+        result = torch.empty_like(rows)
+        for part, into in zip(rows.split(ROWS_AT_ONCE), result.split(ROWS_AT_ONCE), strict=True):
+            into.copy_(self._gated(part))
+        return result.view(x.shape)
+
+    def _gated(self, x: Tensor) -> Tensor:
+        gate = F.silu(self.gate_proj(x), inplace=True)
+        return self.down_proj(gate.mul_(self.up_proj(x)))
 
 
 def _plain_rows(x: Tensor) -> Tensor:
     """The same (B, L, D) with plain strides: a CPU's bfloat16 product with parts of longer rows took up to 70 times as long."""
     return x.reshape(-1, x.shape[-1]).unflatten(0, x.shape[:2])
+
+
+def held_share(tokens: int) -> float:
+    """What a layer holds for each of so many tokens, as a share of what it does for each of a few."""
+    return 1 - WIDE_SHARE * (1 - min(1.0, ROWS_AT_ONCE / tokens))
 
 
 class DecoderLayer(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..config import VisionConfig
 from ..types import AttentionFunction
-from .attention import sdpa
+from .attention import sdpa, without_cudnn_attention
 
 ROPE_THETA = 10000.0
 # Tokens that pass the attention's inner part and the MLP at once. More do not make a pass faster, and a clip's 65 000
@@ -78,6 +78,7 @@ def restore_buffers(vision: Any, device: torch.device | str) -> Any:
     return vision
 
 
+@without_cudnn_attention()  # borders and clips of all sizes
 def encode_vision(vision: Any, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Patches (N, 1176) of one picture or clip -> merged tokens (N / 4, hidden), in the module's dtype.
 

@@ -147,7 +147,7 @@ def token(length: int) -> Pass:
     store.length = length
 
     def run(host: Engine) -> None:
-        host.model.logits(next_states(host, store, 0, length))
+        host.model.logits(next_states(host, store, 0, host.rope(torch.full((3, 1), length))))
 
     return Pass(count(host, run), store.nbytes)
 
@@ -162,10 +162,14 @@ def held(work: Work) -> int:
     """The most bytes beside the weights while the contexts are read and a guided step is taken."""
     host, grid = engine(), work.pixels.latent()
 
-    def unprompted() -> Branch:
-        return branch(host, layout(work.context.without(Modality.PROMPT), grid))
+    made: list[Branch] = []
 
-    branches = Branches(lambda: branch(host, layout(work.context, grid)), unprompted, unprompted)
+    def make(context: Context) -> Branch:
+        made.append(branch(host, layout(context, grid), made))
+        return made[-1]
+
+    bare = work.context.without(Modality.PROMPT)
+    branches = Branches(lambda: make(work.context), lambda: make(bare), lambda: make(bare))
     noise = torch.empty(1, host.model.config.latent_channels, *grid, device=META)
     with torch.no_grad(), Alive() as alive:
         next(denoise(host, noise, flow_sigmas(30), branches, Guidance(scale=4.0)))
@@ -332,7 +336,9 @@ passes those that do not fit through the card, as `offload="layer"` does outside
 first column and some layers."""
 FLOORS = """A pass cannot take less than its operations at the card's rate, nor less than its weights, keys and values at the
 card's bandwidth. Pictures and clips are bound by operations, answers by bandwidth. int8 files multiply in int8, here at twice
-the bfloat16 rate; fp8, nvfp4 and mxfp8 files are small in memory and multiply in bfloat16. The cards are round numbers around
+the bfloat16 rate; fp8, nvfp4 and mxfp8 files are small in memory and multiply in bfloat16. (ComfyUI's layers write such a
+weight out in bfloat16 first, so that their answers are slower than bfloat16's where that fits: the table says what a kernel
+that does both at once could reach.) The cards are round numbers around
 which real ones lie. A whole picture or clip is its prefill and 30 steps, of which {guided} are guided; ViT and VAE come on
 top."""
 
