@@ -105,18 +105,18 @@ class LanceNativeEmptyLatent(io.ComfyNode):
             height, width = sizes.image if frames == 1 else sizes.video
             frames = min(frames, sizes.most_frames)
         shape = PixelShape(frames, height, width)
-        note = described(shape, sizes)
+        note = described(shape, sizes, batch_size)
         say(node_of(cls), note)
         return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames, ui={"text": [note]})
 
 
-def described(shape: PixelShape, sizes: TrainedSizes) -> str:
+def described(shape: PixelShape, sizes: TrainedSizes, batch: int = 1) -> str:
     """Size, length and tokens in words, and whether that is beyond what was trained."""
     picture, latent = shape.frames == 1, shape.latent()
     length = (
         "1 picture" if picture else f"{shape.frames} frames, {(shape.frames - 1) / VIDEO_FPS:.3g} s at {VIDEO_FPS} a second"
     )
-    note = f"{shape.width} x {shape.height}, {length}, {latent.tokens} tokens"
+    note = f"{shape.width} x {shape.height}, {length}, {latent.tokens} tokens" + (f", {batch} times" if batch > 1 else "")
     most = sizes.image if picture else sizes.video
     beyond = [f"{most[1]} x {most[0]} pixels"] if shape.width * shape.height > LARGER * math.prod(most) else []
     beyond += [f"{sizes.most_frames} frames"] if shape.frames > sizes.most_frames else []

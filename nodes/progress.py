@@ -38,8 +38,10 @@ def narrated(callback: Callable[..., None], node: str | None, tokens: int, guide
         marks.append(time.perf_counter())
         # The first step reads the context too; from the second on a step is just a step.
         seconds = marks[-1] - marks[-2] if len(marks) == 2 else (marks[-1] - marks[1]) / (len(marks) - 2)
-        guidance = "on" if guided[min(step, total - 1)] else "off"
-        say(node, f"step {step + 1} of {total}, {seconds:.2g} s a step, guidance {guidance}")
+        if step + 1 < total:
+            say(node, f"step {step + 1} of {total}, {seconds:.2g} s a step, guidance {'on' if guided[step] else 'off'}")
+        else:
+            say(node, f"{total} steps, {seconds:.2g} s each, guidance in {sum(guided)}")
 
     return called
 

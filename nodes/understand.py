@@ -110,6 +110,10 @@ class LanceNativeAsk(io.ComfyNode):
         context: Context | None = None,
     ) -> io.NodeOutput:
         sources = [image[:1] for image in (images or {}).values() if image is not None] + ([] if video is None else [video])
+        if context is None and not sources and not question.strip():
+            raise ValueError(
+                "Lance Ask has 0 pictures to describe; it needs 1 or more.\nConnect an image or a video, or write a question."
+            )
         if context is None:
             task = "x2t_image" if video is None else "x2t_video"
             context = _seen(clip, sources, resolution, system_sentence(task, asked=bool(question)))
@@ -182,6 +186,8 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
         image: Tensor | None = None,
     ) -> io.NodeOutput:
         """The prompt in Lance's words; the user's own where nothing readable comes back."""
+        if image is None and not prompt.strip():
+            raise ValueError("Lance Enhance Prompt has 0 words to rewrite; it needs 1 or more.\nWrite what to draw.")
         sources = [] if image is None else [image[:1]]
         context = _seen(clip, sources, "auto", system_sentence("x2t_image", asked=True))
         asked = question_context(lance_of(clip).tokenizer, context, enhancement(style, prompt))

@@ -229,6 +229,38 @@ FAILING = {
         "0 given frames",
         "Connect a picture",
     ),
+    "nothing to describe": (
+        shown(
+            ask=node(
+                "LanceNativeAsk",
+                clip=LANCE_CLIP,
+                question=" ",
+                resolution="auto",
+                max_length=3,
+                temperature=0.0,
+                top_p=1.0,
+                seed=1,
+            )
+        ),
+        "0 pictures",
+        "write a question",
+    ),
+    "nothing to rewrite": (
+        shown(
+            better=node(
+                "LanceNativeEnhancePrompt",
+                clip=LANCE_CLIP,
+                prompt="",
+                style="image",
+                max_length=3,
+                temperature=0.0,
+                top_p=1.0,
+                seed=1,
+            )
+        ),
+        "0 words",
+        "what to draw",
+    ),
     "nothing to edit": (
         shown(edit=node("LanceNativeEdit", **EDIT), show=preview(["edit", 0])),
         "0 pictures",
