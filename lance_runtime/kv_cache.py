@@ -44,12 +44,15 @@ class KVCache:
                 store[:, :, :, : self.length - self.begin] = self._own(index)
                 self.layers[index] = store
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's keys and values (B, Hkv, L, d) behind the committed ones; return all up to here."""
-        start = self.length - self.begin
+    def append(self, layer: int, k: Tensor, v: Tensor, at: int | None = None) -> tuple[Tensor, Tensor]:
+        """Write one layer's keys and values (B, Hkv, L, d) behind the committed ones; return all up to here.
+
+        at: behind so many tokens, for a layer that gradient checkpointing runs again when more have been committed.
+        """
+        start = (self.length if at is None else at) - self.begin
         end = start + k.shape[2]
         if torch.is_grad_enabled():  # autograd keeps what it has seen: a new tensor instead of a write in place
-            self.layers[layer] = torch.cat([self._own(layer), torch.stack([k, v])], dim=3)
+            self.layers[layer] = torch.cat([self.layers[layer][:, :, :, :start], torch.stack([k, v])], dim=3)
         else:
             self.layers[layer][0, :, :, start:end] = k
             self.layers[layer][1, :, :, start:end] = v

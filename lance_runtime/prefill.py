@@ -106,9 +106,10 @@ def latent_positions(engine: Engine, grid: LatentShape) -> Tensor:
 def _run_block(engine: Engine, block: Sequence[Split], vision: VisionTokens, cache: KVCache) -> Streams:
     causal = block[0].segment.mode == Mode.CAUSAL
     hidden, rope = _embed(engine, block, vision)
+    start = cache.length
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = cache.append(layer, k, v)
+        keys, values = cache.append(layer, k, v, start)
         return causal_attention(q, keys, values) if causal else engine.attend_fully(q, keys, values)
 
     result = engine.run(hidden, rope, attend)

@@ -13,7 +13,10 @@ from .schema import CATEGORY, io
 LOGGER = logging.getLogger("lance")
 ROOT = "diffusion_model."
 # What trainers put before the path of a module.
-PREFIXES = ("base_model.model.", "base_model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "unet.")
+PREFIXES = (
+    *("base_model.model.", "base_model.", "module.", "_orig_mod.", "pipe.dit.", "transformer."),
+    *("model.diffusion_model.", "diffusion_model.", "unet.", "model."),
+)
 # What a path may lack at its front.
 STEMS = ("", "language_model.", "language_model.model.")
 
@@ -81,8 +84,9 @@ class LanceNativeLoraLoader(io.ComfyNode):
     def execute(cls, model: Any, clip: Any, lora_name: str, strength_model: float, strength_clip: float) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         lora = comfy.utils.load_torch_file(path, safe_load=True)
-        names = model.model.diffusion_model.named_modules()
-        found, lost = placed(lora, (name for name, _ in names if name))
+        # Layers with weights alone: a LoRA of another model begins with names of containers, too.
+        layers = model.model.diffusion_model.named_modules()
+        found, lost = placed(lora, (name for name, layer in layers if hasattr(layer, "weight")))
         if not found:
             raise ValueError(
                 f"None of the {len(lora)} tensors of {lora_name} belongs to Lance (the first is {next(iter(lora), 'none')}).\n"

@@ -1,5 +1,6 @@
 """The vision tower: a small model of its own in ComfyUI's memory management, loaded only to encode."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..lance_runtime.types import LatentShape
 from .attention import comfy_attention
 from .model_files import model_path
 
+LOGGER = logging.getLogger("lance")
 AUTO = "auto"
 FOLDER = "text_encoders"
 
@@ -117,6 +119,10 @@ def _towers() -> Iterator[TensorFile]:
     for name in folder_paths.get_filename_list(FOLDER):
         path = folder_paths.get_full_path(FOLDER, name)
         if path is not None and path.endswith(".safetensors"):
-            file = TensorFile(path)
+            try:
+                file = TensorFile(path)
+            except ValueError as error:  # another model's, cut off: nothing that pictures need
+                LOGGER.warning("[Lance] %s", str(error).split("\n", maxsplit=1)[0])
+                continue
             if identify(file) == "a vision tower alone":
                 yield file

@@ -85,6 +85,20 @@ def test_linked_interval_is_accepted(server):
     server.run(graph)
 
 
+def test_a_damaged_file_of_another_model_is_passed_over(server):
+    """Whoever looks for the vision tower opens all that lies beside it."""
+    broken = server.base / "models" / "text_encoders" / "A_broken.safetensors"
+    broken.write_bytes(bytes([24]) + bytes(25))
+    try:
+        edit = node("LanceNativeEdit", **{**EDIT, "resolution": "image_256res"}, **{"images.image_0": ["picture", 0]})
+        start = shown(edit=edit, show=preview(["edit", 1]))
+        start["load"] = loader("Lance_3B_Video")
+        assert server.run(start, check=False).error is None
+        assert "A_broken.safetensors" in server.log()
+    finally:
+        broken.unlink()
+
+
 def test_linked_names_are_looked_up_when_the_node_runs(server):
     """A switch gives anything, so that ComfyUI cannot know the name before the run."""
     switch = {

@@ -35,6 +35,8 @@ OURS = {
     "bare": lambda path: (path, A_B),
     "without_stem": lambda path: (path.removeprefix("language_model.model."), A_B),
     "transformer": lambda path: ("transformer." + path, DOWN_UP),
+    "wrapped": lambda path: ("model." + path, A_B),
+    "compiled": lambda path: (PEFT + "_orig_mod." + path, A_B),
 }
 
 
@@ -63,7 +65,9 @@ def server(comfy_models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loras")
     files = {f"{expert}_{naming}": tensors(expert, naming) for expert in EXPERTS for naming in OURS}
     strange = {"text_model.encoder.layers.0.lora_A.weight": torch.ones(2, 2)}
-    files |= {"some_strange": files["und_peft"] | strange, "all_strange": strange}
+    # Z-Image's, which begins as a path of Lance's does.
+    image = {"diffusion_model.layers.1.attention.to_q.lora_A.weight": torch.ones(2, 2)}
+    files |= {"some_strange": files["und_peft"] | strange, "all_strange": strange, "z_image": image}
     for name, content in files.items():
         save_file(content, folder / f"{name}.safetensors")
     with ComfyServer({**comfy_models, **{f"loras/{path.name}": path for path in folder.iterdir()}}) as server:
@@ -141,12 +145,13 @@ def test_our_loader_says_what_it_could_not_place(server, merged):
     assert report in server.log()
 
 
-def test_a_lora_of_another_model_is_refused(server, plain):
-    graph = {**base(), "lora": lora_node("LanceNativeLoraLoader", "all_strange")}
+@pytest.mark.parametrize("name", ["all_strange", "z_image"])
+def test_a_lora_of_another_model_is_refused(server, plain, name):
+    graph = {**base(), "lora": lora_node("LanceNativeLoraLoader", name)}
     graph["lora"]["inputs"].update(model=["load", 0], clip=["load", 1])
     graph["report"] = node("PreviewAny", source=["lora", 2])
     error = server.run(graph, check=False).error
-    assert error["exception_message"].startswith("None of the 1 tensors of all_strange.safetensors belongs to Lance")
+    assert error["exception_message"].startswith(f"None of the 1 tensors of {name}.safetensors belongs to Lance")
     assert torch.equal(drawn_and_said(server)[0], plain[0])
 
 

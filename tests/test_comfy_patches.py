@@ -157,6 +157,21 @@ def test_a_saved_model_loads_again(comfy_server, saved, class_type):
     assert difference(latents(comfy_server, graph), before) < EXACT
 
 
+@pytest.mark.parametrize("depth", [1, 4])
+def test_training_with_gradient_checkpointing(comfy_server, depth):
+    """Depth 4 runs each decoder layer a second time, when the cache of the context has gone on."""
+    fixed = {"grad_accumulation_steps": 1, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False}
+    numbers = {"batch_size": 1, "steps": 2, "learning_rate": 0.02, "rank": 2, "seed": 1, "checkpoint_depth": depth}
+    types = {"training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA"}
+    how = {"optimizer": "AdamW", "loss_function": "MSE", "gradient_checkpointing": True, "offloading": False}
+    links = {"model": ["load", 0], "latents": ["first", 0], "positive": ["positive", 0]}
+    train = node("TrainLoraNode", **links, **fixed, **numbers, **types, **how)
+    graph = {**base(), "first": ksampler(seed=1), "train": train, "losses": node("PreviewAny", source=["train", 1])}
+    losses = json.loads(comfy_server.run(graph).outputs["losses"]["text"][0])["loss"]
+    assert len(losses) == 2
+    assert all(loss > 0 for loss in losses)
+
+
 def test_a_saved_clip_is_the_whole_model(comfy_server):
     graph = {**base(), "sample": ksampler(seed=71)}
     save = node("CLIPSave", clip=["load", 1], filename_prefix="diffusion_models/CLIPSave")
