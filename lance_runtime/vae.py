@@ -184,7 +184,7 @@ def build_vae(base_dim: int = 160, decoder_base_dim: int = 256) -> Any:
 def _convolutions() -> tuple[type, type]:
     """diffusers' causal convolution, and one that does not multiply the zeros before a first frame.
 
-    Of a picture, and of a clip's first frame, these are two thirds of all products.
+    Of a picture, and of a clip's first frame, these are two of its three taps in time.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..lance_runtime.types import LANCE_3B, TEMPORAL_STRIDE, VIDEO_FPS, LatentShape, PixelShape, TrainedSizes
 from ..lance_runtime.visuals import encode_given
 from .model import check_model
-from .pictures import FORMAT, empty_latent, encode, frames_of, grid_of, is_video, normalised, source_input
+from .pictures import FORMAT, bytes_of, empty_latent, encode, frames_of, grid_of, is_video, normalised, source_input
 from .progress import node_of, say
 from .schema import CATEGORY, io
 
@@ -201,7 +201,7 @@ def _last_frames(source: Any, most: int) -> np.ndarray:
         step, images = float(parts.frame_rate) / VIDEO_FPS, parts.images
     kept = frames_for(min(most, int((len(images) - 1) / step) + 1), seconds=0.0)
     indices = [len(images) - 1 - round(step * back) for back in reversed(range(kept))]
-    return images[indices].float().cpu().clamp(0, 1)[..., :3].mul(255).round().to(torch.uint8).numpy()
+    return bytes_of(images[indices])
 
 
 def _with_given(grid: LatentShape, batch: int, frames: list[int], latents: Tensor) -> dict[str, Any]:

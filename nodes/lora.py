@@ -14,8 +14,16 @@ LOGGER = logging.getLogger("lance")
 ROOT = "diffusion_model."
 # What trainers put before the path of a module.
 PREFIXES = (
-    *("base_model.model.", "base_model.", "module.", "_orig_mod.", "pipe.dit.", "transformer."),
-    *("model.diffusion_model.", "diffusion_model.", "unet.", "model."),
+    "base_model.model.",
+    "base_model.",
+    "module.",
+    "_orig_mod.",
+    "pipe.dit.",
+    "transformer.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "unet.",
+    "model.",
 )
 # What a path may lack at its front.
 STEMS = ("", "language_model.", "language_model.model.")

@@ -36,8 +36,13 @@ def frames_of(source: Any, fps: float = FPS, sizes: TrainedSizes = LANCE_3B) -> 
         images, fps = parts.images, float(parts.frame_rate)
     else:
         images = source
-    frames = to_frames(images.float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
+    frames = bytes_of(images)
     return frames[sample_frames(len(frames), fps, sizes.seconds)] if len(frames) > 1 else frames
+
+
+def bytes_of(images: Tensor) -> np.ndarray:
+    """IMAGE (T, H, W, C) in 0..1 -> uint8 (T, H, W, 3)."""
+    return to_frames(images.float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
 
 
 def preset_of(resolution: str, frames: np.ndarray, sizes: TrainedSizes = LANCE_3B) -> str:

@@ -133,6 +133,7 @@ def context(role, visual):
 
 OTHER_CLIP = {"clip": node("CLIPLoader", clip_name="clip_l.safetensors", type="stable_diffusion")}
 SAMPLER_SETTINGS = {"resolution": "image_256res", "fps": 24.0}
+ANSWER = {"max_length": 3, "temperature": 0.0, "top_p": 1.0, "seed": 1}
 EDIT = {"clip": LANCE_CLIP, "vae": LANCE_VAE, "resolution": "image_256res", "batch_size": 1}
 VIDEO_START = {"vae": LANCE_VAE, "latent": ["empty", 0], "middle_at": 0.5, "overlap": 9}
 
@@ -158,10 +159,7 @@ FAILING = {
                 clip=["clip", 0],
                 question="what",
                 resolution="auto",
-                max_length=3,
-                temperature=0.0,
-                top_p=1.0,
-                seed=1,
+                **ANSWER,
             ),
         ),
         "not Lance's",
@@ -250,10 +248,7 @@ FAILING = {
                 clip=LANCE_CLIP,
                 question=" ",
                 resolution="auto",
-                max_length=3,
-                temperature=0.0,
-                top_p=1.0,
-                seed=1,
+                **ANSWER,
             )
         ),
         "0 pictures",
@@ -266,10 +261,7 @@ FAILING = {
                 clip=LANCE_CLIP,
                 prompt="",
                 style="image",
-                max_length=3,
-                temperature=0.0,
-                top_p=1.0,
-                seed=1,
+                **ANSWER,
             )
         ),
         "0 words",

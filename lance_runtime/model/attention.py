@@ -21,7 +21,7 @@ MAX_UNFUSED_SCORES = 2**28  # written out at once where attention is not fused: 
 def without_cudnn_attention() -> Iterator[None]:
     """Where many calls have another shape each, or few the same, attention goes without cuDNN.
 
-    torch prefers it on the newest cards, plans it for one exact shape (up to half a second), and keeps every plan.
+    torch prefers it on the newest cards, plans it anew for every exact shape, and keeps every plan.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -24,7 +24,7 @@ from .rope import Rope
 
 UND, GEN = "", "_moe_gen"
 KINDS_OF_CALLS = 64  # for which one function may be compiled
-ROWS_AT_ONCE = 8192  # that pass an MLP: more are not faster, and a clip of 49 000 tokens would take 2 GB of wide ones
+ROWS_AT_ONCE = 8192  # that pass an MLP: a clip's 49 000 would take 2 GB of wide ones
 
 # Of what a layer holds for a token of a short run, an MLP's wide rows; counted (tests/test_memory.py).
 WIDE_SHARE = 0.45

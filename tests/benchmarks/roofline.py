@@ -337,8 +337,8 @@ first column and some layers."""
 FLOORS = """A pass cannot take less than its operations at the card's rate, nor less than its weights, keys and values at the
 card's bandwidth. Pictures and clips are bound by operations, answers by bandwidth. int8 files multiply in int8, here at twice
 the bfloat16 rate; fp8, nvfp4 and mxfp8 files are small in memory and multiply in bfloat16. (ComfyUI's layers write such a
-weight out in bfloat16 first, so that their answers are slower than bfloat16's where that fits: the table says what a kernel
-that does both at once could reach.) The cards are round numbers around
+weight out in bfloat16 before they multiply, which moves more bytes than a bfloat16 weight does: the table is for a kernel
+that does both at once.) The cards are round numbers around
 which real ones lie. A whole picture or clip is its prefill and 30 steps, of which {guided} are guided; ViT and VAE come on
 top."""
 

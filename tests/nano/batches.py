@@ -21,6 +21,7 @@ from lance_runtime.context import (
     layout,
     open_context,
     question_context,
+    source_modality,
     unconditional_layout,
 )
 from lance_runtime.preprocess import vit_patches
@@ -67,8 +68,7 @@ class Sequencer:
 
     def item(self, example: Example, rng: random.Random) -> Item:
         patches, grids, segments = [], [], []
-        role = None if example.answers else Modality.EDIT_SOURCE
-        role = Modality.SUBJECT if example.task.startswith("subject") else role
+        role = source_modality(example.task)
         for source in example.sources if example.task != "i2v" else ():
             pixels = frames(source)
             patch, grid = vit_patches(pixels, IMAGE_PRESET, VISION)
