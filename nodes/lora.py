@@ -1,63 +1,36 @@
-"""LoRAs of every naming: ComfyUI's own, PEFT's, and bare module paths."""
+"""Load LoRA (Lance): a LoRA of any trainer on MODEL and CLIP, and a report of what of it acts."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
 import comfy.utils
 import folder_paths
+from torch import Tensor
 
+from .lora_files import ROOT, Strength, read_strength, translate
 from .schema import CATEGORY, io
 
 LOGGER = logging.getLogger("lance")
-ROOT = "diffusion_model."
-# What trainers put before the path of a module.
-PREFIXES = (
-    "base_model.model.",
-    "base_model.",
-    "module.",
-    "_orig_mod.",
-    "pipe.dit.",
-    "transformer.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "unet.",
-    "model.",
-)
-# What a path may lack at its front.
-STEMS = ("", "language_model.", "language_model.model.")
+NVFP4 = "TensorCoreNVFP4Layout"  # ComfyUI's name of it
 
 
-def rename(name: str, modules: set[str]) -> str | None:
-    """A LoRA tensor's name as ComfyUI knows it, ``diffusion_model.<module>.<rest>``; None where no module fits.
+class Recorded(dict[str, Tensor]):
+    """Tensors that remember which of them were asked for: ComfyUI does not say what it used."""
 
-    modules: dotted paths of the network. Names of the ``lora_unet_`` kind are ComfyUI's already.
-    """
-    if name.startswith("lora_unet_"):
-        return name if name.removeprefix("lora_unet_").split(".")[0] in {path.replace(".", "_") for path in modules} else None
-    bare = name.replace(".default.", ".")
-    for prefix in PREFIXES:
-        bare = bare.removeprefix(prefix)
-    parts = bare.split(".")
-    for stem in STEMS:
-        for end in range(len(parts) - 1, 0, -1):
-            path = stem + ".".join(parts[:end])
-            if path in modules:
-                return ROOT + path + "." + ".".join(parts[end:])
-    return None
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.used: set[str] = set()
 
+    def __getitem__(self, name: str) -> Tensor:
+        self.used.add(name)
+        return super().__getitem__(name)
 
-def placed(lora: dict[str, Any], modules: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """The tensors that have a place, under ComfyUI's names, and the names of those that have none."""
-    known, found, lost = set(modules), {}, []
-    for name, tensor in lora.items():
-        new = rename(name, known)
-        if new is None:
-            lost.append(name)
-        else:
-            found[new] = tensor
-    return found, lost
+    def get(self, name: str, default: Any = None) -> Any:
+        self.used.add(name)
+        return super().get(name, default)
 
 
 class LanceNativeLoraLoader(io.ComfyNode):
@@ -91,21 +64,46 @@ class LanceNativeLoraLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip: Any, lora_name: str, strength_model: float, strength_clip: float) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        lora = comfy.utils.load_torch_file(path, safe_load=True)
-        # Layers with weights alone: a LoRA of another model begins with names of containers, too.
-        layers = model.model.diffusion_model.named_modules()
-        found, lost = placed(lora, (name for name, layer in layers if hasattr(layer, "weight")))
-        if not found:
-            raise ValueError(
-                f"None of the {len(lora)} tensors of {lora_name} belongs to Lance (the first is {next(iter(lora), 'none')}).\n"
-                "Use a LoRA that was trained on Lance."
-            )
-        report = f"{len(found)} of {len(lora)} tensors placed."
-        if lost:
-            report += f" Without a place: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}"
-            LOGGER.warning("[Lance] %s: %s", lora_name, report)
+        lora, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        strength = read_strength(Path(path), metadata)
+        shapes = {name: tuple(value.shape) for name, value in model.model.diffusion_model.named_parameters()}
+        parts = translate(lora, shapes, strength, _weights(model))
+        found = Recorded({name: part.tensor for name, part in parts.items()})
         same = strength_model == strength_clip and model.patches_uuid == clip.patcher.patches_uuid
         model, clip = comfy.sd.load_lora_for_models(model, clip, found, strength_model, strength_clip)
+        placed = {part.origin for name, part in parts.items() if name in found.used}
+        if not placed:
+            first = next((f"{name} {tuple(tensor.shape)}" for name, tensor in lora.items()), "none")
+            raise ValueError(
+                f"None of the {len(lora)} tensors of {lora_name} fits Lance (the first is {first}).\n"
+                "Use a LoRA that was trained on Lance."
+            )
         if same:  # one set of weights: else ComfyUI moves all of them whenever the other side runs
             clip.patcher.patches_uuid = model.patches_uuid
-        return io.NodeOutput(model, clip, report)
+        report = [f"{len(placed)} of {len(lora)} tensors placed.", *_about_alpha(lora, strength)]
+        if any(getattr(layer, "layout_type", None) == NVFP4 for layer in model.model.diffusion_model.modules()):
+            report.append("ComfyUI rounds nvfp4 weights again with a LoRA in them, which is rough: use Load LoRA (Bypass).")
+        if lost := [name for name in lora if name not in placed]:
+            report.append(f"Without a place: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}")
+            LOGGER.warning("[Lance] %s: %s", lora_name, " ".join(report))
+        return io.NodeOutput(model, clip, " ".join(report))
+
+
+def _about_alpha(lora: dict[str, Tensor], strength: Strength | None) -> list[str]:
+    """Where the strength of PEFT's matrices is from, which are in a file of their own without it."""
+    if any(name.endswith(".alpha") for name in lora) or not any(".lora_A." in name for name in lora):
+        return []
+    if strength is not None:
+        return [f"Alpha is {strength.alpha:g}, says {strength.source}."]
+    saved_by_peft = any(name.startswith("base_model.") for name in lora)
+    return ["No adapter_config.json lies beside it: alpha counts as the rank."] if saved_by_peft else []
+
+
+def _weights(model: Any) -> Callable[[str], Tensor]:
+    """The network's tensors as they are without any LoRA, whole, in float32."""
+
+    def weight(name: str) -> Tensor:
+        stored, decode = model.get_key_patches(ROOT + name)[ROOT + name][0]
+        return decode(stored).float()
+
+    return weight

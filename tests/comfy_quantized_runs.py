@@ -19,7 +19,9 @@ import comfy_memory_runs as runs
 import comfy.sd
 import comfy.model_management as management
 import torch
+import folder_paths
 from comfy.quant_ops import QuantizedTensor
+from safetensors.torch import save_file
 
 
 def runtime(name: str) -> Any:
@@ -113,6 +115,27 @@ def patched(nodes: Any) -> dict:
     return report
 
 
+def everywhere(nodes: Any) -> dict:
+    """A LoRA on every quantised weight through Load LoRA (Lance), patched in by ComfyUI and beside the weights."""
+    graph, full = runs.Graph(nodes), runs.Graph(nodes, "Decoded/model.safetensors")
+    generator, found = torch.Generator().manual_seed(1), {}
+    for name, weight in quantised(graph.model).items():
+        stem, (rows, columns) = "diffusion_model." + name.removesuffix(".weight"), weight.shape
+        found[f"{stem}.lora_down.weight"] = torch.randn(4, columns, generator=generator) * 0.05
+        found[f"{stem}.lora_up.weight"] = torch.randn(rows, 4, generator=generator) * 0.05
+    place = Path(sys.argv[3], "loras", "everywhere.safetensors")
+    place.parent.mkdir(exist_ok=True)
+    save_file(found, place)
+    folder_paths.add_model_folder_path("loras", str(place.parent))
+    load = importlib.import_module(f"{runs.PACK}.nodes.lora").LanceNativeLoraLoader.execute
+    (model, _, said), (exact, _, plain) = (load(g.model, g.clip, place.name, 1.0, 1.0).result for g in (graph, full))
+    beside, _ = comfy.sd.load_bypass_lora_for_models(graph.model, graph.clip, found, 1.0, 1.0)
+    expected, bare = full.draw(model=exact), full.draw()
+    report = {"acts": relative(expected, bare), "patched": relative(graph.draw(model=model), expected)}
+    report["beside"] = relative(graph.draw(model=beside), expected)
+    return {**report, "said": said, "plain": plain, "count": len(found)}
+
+
 def types(nodes: Any) -> dict:
     """Which types a network of 8-bit weights has, and what becomes of a wish for float16."""
     load, report = importlib.import_module(f"{runs.PACK}.nodes.model_loading").load_model, {}
@@ -136,8 +159,6 @@ def types(nodes: Any) -> dict:
 def foreign(nodes: Any) -> dict:
     """A file that does not say how its fp8 layers are multiplied, one of them with a scale for what comes in."""
     room, checkpoint = importlib.import_module(f"{runs.PACK}.nodes.model_loading"), runtime("checkpoint")
-    from safetensors.torch import save_file
-
     file = checkpoint.TensorFile(Path(sys.argv[3], "Lance_3B", "model.safetensors"))
     tensors = {name: file[name] for name in file}
     marks = [name for name in tensors if name.endswith(checkpoint.QUANT_TENSOR)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from comfy_fixtures import require_comfyui
@@ -9,7 +11,9 @@ from comfy_results import TOLERANCE, comfy_noise, difference, saved_latents
 from comfy_server import ComfyServer
 from goldens import CHECKPOINT
 from graphs import node
-from safetensors.torch import save_file
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sampler_graphs import CFG, PROMPT, SEED, STEPS, base, fresh, ksampler
 
 from lance_runtime import Guidance, LancePipeline
@@ -37,6 +41,29 @@ OURS = {
     "transformer": lambda path: ("transformer." + path, DOWN_UP),
     "wrapped": lambda path: ("model." + path, A_B),
     "compiled": lambda path: (PEFT + "_orig_mod." + path, A_B),
+    "sharded": lambda path: (path.replace("model.layers.1.", "model.layers.1._fsdp_wrapped_module."), A_B),
+    "lycoris": lambda path: ("lycoris_" + path.replace(".", "_"), DOWN_UP),
+    "onetrainer": lambda path: ("lora_transformer_" + path.replace(".", "_"), DOWN_UP),
+    "kohya_text": lambda path: ("lora_te1_" + path.removeprefix("language_model.").replace(".", "_"), DOWN_UP),
+    "kohya_without_stem": lambda path: ("lora_unet_" + path.removeprefix("language_model.model.").replace(".", "_"), DOWN_UP),
+    "saved_of_clip": lambda path: ("text_encoders.diffusion_model." + path, DOWN_UP),
+}
+PROJECTIONS = ["q_proj", "v_proj_moe_gen", "down_proj", "mlp_moe_gen.up_proj"]
+# LoRAs that PEFT itself makes: their settings, and what of PEFT's has to be used.
+BY_PEFT = {
+    "alpha": {"r": 4, "lora_alpha": 16, "target_modules": PROJECTIONS},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 3,
+        "use_rslora": True,
+        "target_modules": PROJECTIONS,
+        "rank_pattern": {"down_proj": 2},
+        "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 12},
+    },
+    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": PROJECTIONS},
+    "bias": {"r": 4, "lora_alpha": 8, "lora_bias": True, "target_modules": ["q_proj", "k_proj_moe_gen"]},
+    "embedding": {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "q_proj"]},
+    "saved_modules": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "modules_to_save": ["norm_moe_gen", "llm2vae"]},
 }
 
 
@@ -59,18 +86,50 @@ def tensors(expert, naming):
     return found
 
 
+def runtime_latents(pipe):
+    guidance = Guidance(CFG, (0.0, 1.0), "none", uncond_positions="dense")
+    return pipe(
+        "t2i", PROMPT, height=64, width=96, steps=STEPS, noise=comfy_noise(SEED, 48, 1, 4, 6), guidance=guidance
+    ).latents
+
+
 @pytest.fixture(scope="module")
-def server(comfy_models, tmp_path_factory):
+def by_peft(tmp_path_factory):
+    """Folders of adapters that PEFT saved, and the runtime's latents after PEFT's own merging."""
+    home, latents = tmp_path_factory.mktemp("peft"), {}
+    for name, settings in BY_PEFT.items():
+        pipe = LancePipeline.from_pretrained(CHECKPOINT, "image", device="cpu", dtype=torch.float32)
+        adapted = get_peft_model(pipe.components.model, LoraConfig(**settings))
+        generator = torch.Generator().manual_seed(5)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+        adapted.save_pretrained(home / name)
+        adapted.merge_and_unload()
+        latents[name] = runtime_latents(pipe)
+    return home, latents
+
+
+@pytest.fixture(scope="module")
+def server(comfy_models, by_peft, tmp_path_factory):
     require_comfyui()
     folder = tmp_path_factory.mktemp("loras")
+    # diffusers writes the settings into the header instead.
+    settings = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 16})
+    matrices_by_peft = load_file(by_peft[0] / "alpha" / "adapter_model.safetensors")
+    save_file(matrices_by_peft, folder / "header.safetensors", {"lora_adapter_metadata": settings})
     files = {f"{expert}_{naming}": tensors(expert, naming) for expert in EXPERTS for naming in OURS}
+    files["of_7b"] = {PEFT + f"model.layers.1.self_attn.q_proj.lora_{x}.weight": torch.ones(2, 3584) for x in "AB"}
+    files["of_7b"][PEFT + "model.layers.1.self_attn.q_proj.lora_B.weight"] = torch.ones(3584, 2)
+    files["half"] = {name: tensor for name, tensor in files["und_peft"].items() if "v_proj.lora_B" not in name}
     strange = {"text_model.encoder.layers.0.lora_A.weight": torch.ones(2, 2)}
     # Z-Image's, which begins as a path of Lance's does.
     image = {"diffusion_model.layers.1.attention.to_q.lora_A.weight": torch.ones(2, 2)}
     files |= {"some_strange": files["und_peft"] | strange, "all_strange": strange, "z_image": image}
     for name, content in files.items():
         save_file(content, folder / f"{name}.safetensors")
-    with ComfyServer({**comfy_models, **{f"loras/{path.name}": path for path in folder.iterdir()}}) as server:
+    placed = {f"loras/{path.name}": path for path in (*folder.iterdir(), *by_peft[0].iterdir())}
+    with ComfyServer({**comfy_models, **placed}) as server:
         yield server
 
 
@@ -112,10 +171,7 @@ def merged():
         for path, (down, up) in matrices(expert).items():
             weight = pipe.components.model.get_submodule(path).weight
             weight.data += up @ down
-        guidance = Guidance(CFG, (0.0, 1.0), "none", uncond_positions="dense")
-        noise = comfy_noise(SEED, 48, 1, 4, 6)
-        out = pipe("t2i", PROMPT, height=64, width=96, steps=STEPS, noise=noise, guidance=guidance)
-        found[expert] = out.latents
+        found[expert] = runtime_latents(pipe)
     return found
 
 
@@ -134,24 +190,56 @@ def test_loaders_of_comfyui(server, plain, merged, class_type, naming, expert):
 def test_our_loader_places_every_name(server, merged, naming, expert):
     latents, _, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", f"{expert}_{naming}"))
     assert difference(latents, merged[expert]) < TOLERANCE
-    assert result.outputs["report"]["text"] == ["6 of 6 tensors placed."]
+    (report,) = result.outputs["report"]["text"]
+    assert report.startswith("6 of 6 tensors placed.")
+    assert "Without a place" not in report
+    assert ("No adapter_config.json" in report) == (OURS[naming]("x")[0].startswith(PEFT))
+
+
+@pytest.mark.parametrize("name", BY_PEFT)
+def test_what_peft_saved_acts_as_in_peft(server, plain, by_peft, name):
+    home, merged = by_peft
+    with safe_open(home / name / "adapter_model.safetensors", "pt") as file:
+        count = len(list(file.keys()))
+    latents, _, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", f"{name}/adapter_model"))
+    assert difference(latents, merged[name]) < TOLERANCE
+    assert difference(latents, plain[0]) > ACTS
+    (report,) = result.outputs["report"]["text"]
+    alpha = BY_PEFT[name]["lora_alpha"]
+    assert report == f"{count} of {count} tensors placed. Alpha is {alpha}, says adapter_config.json."
+
+
+def test_alpha_in_the_header(server, by_peft):
+    latents, _, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", "header"))
+    assert difference(latents, by_peft[1]["alpha"]) < TOLERANCE
+    assert result.outputs["report"]["text"] == ["30 of 30 tensors placed. Alpha is 16, says the header of header.safetensors."]
+
+
+def test_half_a_pair_is_left_out(server, plain):
+    latents, _, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", "half"))
+    assert difference(latents, plain[0]) > ACTS
+    (report,) = result.outputs["report"]["text"]
+    assert report.startswith("4 of 5 tensors placed.")
+    assert report.endswith(f"Without a place: {PEFT}{LAYER}self_attn.v_proj.lora_A.weight")
 
 
 def test_our_loader_says_what_it_could_not_place(server, merged):
     latents, _, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", "some_strange"))
     assert difference(latents, merged["und"]) < TOLERANCE
     (report,) = result.outputs["report"]["text"]
-    assert report == "6 of 7 tensors placed. Without a place: text_model.encoder.layers.0.lora_A.weight"
+    assert report.startswith("6 of 7 tensors placed.")
+    assert report.endswith("Without a place: text_model.encoder.layers.0.lora_A.weight")
     assert report in server.log()
 
 
-@pytest.mark.parametrize("name", ["all_strange", "z_image"])
+@pytest.mark.parametrize("name", ["all_strange", "z_image", "of_7b"])
 def test_a_lora_of_another_model_is_refused(server, plain, name):
     graph = {**base(), "lora": lora_node("LanceNativeLoraLoader", name)}
     graph["lora"]["inputs"].update(model=["load", 0], clip=["load", 1])
     graph["report"] = node("PreviewAny", source=["lora", 2])
     error = server.run(graph, check=False).error
-    assert error["exception_message"].startswith(f"None of the 1 tensors of {name}.safetensors belongs to Lance")
+    count = 2 if name == "of_7b" else 1
+    assert error["exception_message"].startswith(f"None of the {count} tensors of {name}.safetensors fits Lance")
     assert torch.equal(drawn_and_said(server)[0], plain[0])
 
 
