@@ -7,9 +7,9 @@ computed, and with the ViT's tensors (``vit_model.*`` in the video checkpoint) a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 from zipfile import is_zipfile
 
 import torch
@@ -26,6 +26,17 @@ HEADER_TENSOR = "lance_header"  # see pack_header
 # What tells weights that ComfyUI's own machinery quantised: a tensor a layer, a header entry, or the first way of all.
 QUANT_TENSOR, QUANT_HEADER, OLD_QUANT_TENSOR = ".comfy_quant", "_quantization_metadata", "scaled_fp8"
 SCALE_NAMES = (".weight_scale", ".scales", ".scale_weight")
+BITSANDBYTES = (".SCB", ".absmax", ".quant_map")
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+# Under what training scripts keep the weights beside their own state.
+WEIGHTS_IN_PICKLES = ("state_dict", "model_state_dict", "model", "module", "ema")
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
+# What torch puts around a module that is compiled, sharded, checkpointed, or on several cards.
+WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+# Whatever stands before a part of the network is of whoever trained or saved the file (ComfyUI's "model.diffusion_model.").
+FRONT = re.compile(
+    r"^.*?(?=(language_model\.(model|lm_head)|time_embedder|vae2llm|llm2vae|latent_pos_embed|vit_model)\.|scaled_fp8$)"
+)
 
 
 def pack_header(header: Mapping[str, str]) -> Tensor:
@@ -52,20 +63,25 @@ class Tensors(Mapping[str, Tensor]):
 class TensorFile(Tensors):
     """Tensors of one file, and its ``metadata``.
 
-    safetensors are memory-mapped; pickles (.pth, .pt) are loaded with ``weights_only``, and memory-mapped where they can be.
+    safetensors are memory-mapped; pickles (.pth, .pt, .bin, ...) are loaded with ``weights_only``, and memory-mapped where
+    they can be.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = path = Path(path)
         self.metadata: dict[str, str] = {}
         self.dtypes: dict[str, str] = {}
-        if path.suffix in (".pth", ".pt"):
+        if self.is_pickle:
             self._open_pickle()
         else:
             self._open_safetensors()
         if HEADER_TENSOR in self.shapes:  # no weight: metadata, wherever it is kept
             self.metadata = {**unpack_header(self[HEADER_TENSOR]), **self.metadata}
             del self.shapes[HEADER_TENSOR], self.dtypes[HEADER_TENSOR]
+
+    @property
+    def is_pickle(self) -> bool:
+        return self.path.suffix.lower() in PICKLES
 
     def _open_safetensors(self) -> None:
         header = _read_header(self.path)
@@ -83,6 +99,8 @@ class TensorFile(Tensors):
                 f"{self.path.name} ({self.path.stat().st_size} bytes) is no complete pickle of tensors: {_first_line(error)}\n"
                 f"Download it again from {HUB}; pickles with code in them are never loaded."
             ) from error
+        if isinstance(state, dict):
+            state = next((state[key] for key in WEIGHTS_IN_PICKLES if isinstance(state.get(key), dict)), state)
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
             raise ValueError(
                 f"{self.path.name} ({self.path.stat().st_size} bytes) holds a {type(state).__name__}, not tensors by name.\n"
@@ -109,38 +127,26 @@ class Renamed(Tensors):
         return self.file[self.names[name]]
 
 
-class KeyRule(NamedTuple):
-    """Names that start with ``prefix`` get ``replacement`` in its place; None drops them."""
-
-    prefix: str
-    replacement: str | None
+# What a file may hold beside the network: what is computed, the vision tower, and what ComfyUI saves along.
+BESIDE = (POSITION_TABLE, VIT_PREFIX, "vae.", "model_sampling.")
+ROTARY_BUFFER = "rotary_emb.inv_freq"
 
 
-# Files that ComfyUI saved carry a prefix; the rest is the hub's layout as it is.
-MODEL_RULES = (
-    KeyRule("model.diffusion_model.", ""),
-    KeyRule("diffusion_model.", ""),
-    KeyRule(POSITION_TABLE, None),
-    KeyRule(VIT_PREFIX, None),
-    KeyRule("vae.", None),  # CheckpointSave puts the VAE beside the model
-    KeyRule("model_sampling.", None),  # CLIPSave, its schedule
-)
-VIT_RULES = (KeyRule(VIT_PREFIX, ""), KeyRule("visual.", ""))
+def canonical_name(stored: str) -> str:
+    """A tensor's name as on the hub, without what trainers, savers and wrappers add to it."""
+    return FRONT.sub("", WRAPPER.sub("", stored))
 
 
-def apply_rules(name: str, rules: tuple[KeyRule, ...]) -> str | None:
-    """The canonical name of a stored one, each rule applied once in order; None where it is dropped."""
-    for rule in rules:
-        if name.startswith(rule.prefix):
-            if rule.replacement is None:
-                return None
-            name = rule.replacement + name.removeprefix(rule.prefix)
-    return name
-
-
-def _canonical(stored: Iterable[str], rules: tuple[KeyRule, ...]) -> dict[str, str]:
-    named = ((apply_rules(name, rules), name) for name in stored)
-    return {canonical: name for canonical, name in named if canonical is not None}
+def _canonical(stored: Iterable[str]) -> dict[str, str]:
+    """Canonical names -> stored ones; ``ValueError`` where two are of one weight (a trained model and its average, say)."""
+    found: dict[str, str] = {}
+    for name in stored:
+        if (other := found.setdefault(canonical_name(name), name)) != name:
+            raise ValueError(
+                f"2 tensors of the file are one weight of the network: {other} and {name}.\n"
+                "Keep one set of weights in the file (the averaged one, if there is one)."
+            )
+    return found
 
 
 def model_tensors(file: TensorFile) -> Renamed:
@@ -149,13 +155,16 @@ def model_tensors(file: TensorFile) -> Renamed:
     They are those that are stored: ``dequantize.plain_tensors`` gives whole weights for quantised ones.
     """
     check_is_lance(file)
-    return Renamed(file, _canonical(file, MODEL_RULES))
+    found = _canonical(file)
+    return Renamed(
+        file, {n: stored for n, stored in found.items() if not n.startswith(BESIDE) and not n.endswith(ROTARY_BUFFER)}
+    )
 
 
 def vit_tensors(file: TensorFile) -> Renamed:
     """The ViT's tensors of a file: the checkpoint's own (``vit_model.*``), or those of a file that is a ViT."""
-    own = [name for name in file if name.startswith(VIT_PREFIX)]
-    names = _canonical(own or list(file), VIT_RULES)
+    own = [name for name in file if canonical_name(name).startswith(VIT_PREFIX)]
+    names = {canonical_name(name).removeprefix(VIT_PREFIX).removeprefix("visual."): name for name in own or file}
     if "patch_embed.proj.weight" not in names:
         raise ValueError(
             f"{file.path.name} is {identify(file)}, not the vision tower of Qwen2.5-VL.\n"
@@ -165,7 +174,7 @@ def vit_tensors(file: TensorFile) -> Renamed:
 
 
 def has_own_vit(file: TensorFile) -> bool:
-    return any(name.startswith(VIT_PREFIX) for name in file)
+    return any(canonical_name(name).startswith(VIT_PREFIX) for name in file)
 
 
 def guess_variant(file: TensorFile) -> str | None:
@@ -175,7 +184,7 @@ def guess_variant(file: TensorFile) -> str | None:
     """
     if (stated := file.metadata.get(VARIANT_HEADER)) in (ANY_VARIANT, "image", "video"):
         return stated
-    table = file.shapes.get(POSITION_TABLE)
+    table = next((shape for name, shape in file.shapes.items() if name.endswith(POSITION_TABLE)), None)
     # The hub's files have all one name, in folders that say what they are.
     name = (file.path.parent.name if file.path.name == "model.safetensors" else file.path.name).lower()
     if has_own_vit(file) or "video" in name:
@@ -195,28 +204,39 @@ def check_is_lance(file: TensorFile) -> None:
     """``ValueError`` that names what the file is, unless it is a Lance checkpoint: full, or quantised as ComfyUI does."""
     what = identify(file)
     if what != "a Lance checkpoint":
-        convert = "Convert it with python -m lance_runtime convert, or use" if "conversion" in what else "Use"
+        convert = "Convert it with python -m lance_runtime convert, or use" if what.startswith(CONVERTIBLE) else "Use"
         raise ValueError(
             f"{file.path.name} ({len(file)} tensors) is {what}, not a full Lance checkpoint.\n"
             f"{convert} Lance_3B/model.safetensors or Lance_3B_Video/model.safetensors of {HUB}."
         )
 
 
+# What ``convert`` reads, as ``identify`` names it.
+CONVERTIBLE = ("an AWQ-INT4", "an NVFP4")
+
+
 def identify(file: TensorFile) -> str:
     """What a file is, in words, from its names, shapes and dtypes."""
-    names = list(file)
-    gen = any("_moe_gen" in name for name in names)
-    if any(name.endswith(".qweight") for name in names):
-        kind = "an NVFP4" if any(name.endswith((".scales_fp8", ".scales_bf16")) for name in names) else "an AWQ-INT4"
-        return f"{kind} conversion of Lance" if gen else f"{kind} conversion"
-    scaled = "U8" in file.dtypes.values() or any(name.endswith(SCALE_NAMES) for name in names)
-    if gen and scaled and not is_quantised(file):
-        return "an NVFP4 or other quantised conversion of Lance"
-    if gen and not any("language_model.model." in name for name in names):
-        return "an MLX conversion of Lance (no language_model prefix)"
-    if gen:
-        return "a Lance checkpoint"
-    return _identify_other(file)
+    if shard := SHARD.search(file.path.name):
+        return f"part {int(shard[1])} of {int(shard[2])} of a model"
+    generates = any("_moe_gen" in name for name in file)
+    if kind := _identify_conversion(file, generates):
+        return f"{kind} conversion of Lance" if generates else f"{kind} conversion"
+    return "a Lance checkpoint" if generates else _identify_other(file)
+
+
+def _identify_conversion(file: TensorFile, generates: bool) -> str | None:
+    """The kind of a file that somebody's tool has made of a model; None for the model itself."""
+    if any(name.endswith(BITSANDBYTES) for name in file):
+        return "a bitsandbytes"
+    if any(name.endswith(".qweight") for name in file):
+        return "an NVFP4" if any(name.endswith((".scales_fp8", ".scales_bf16")) for name in file) else "an AWQ-INT4"
+    scaled = not {"U8", "I8"}.isdisjoint(file.dtypes.values()) or any(name.endswith(SCALE_NAMES) for name in file)
+    if generates and scaled and not is_quantised(file):
+        return "a quantised (NVFP4 or other, it does not say which)"
+    if generates and not any("language_model.model." in name for name in file):
+        return "an MLX (no language_model prefix)"
+    return None
 
 
 def _identify_other(file: TensorFile) -> str:

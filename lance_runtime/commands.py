@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .checkpoint import TensorFile
 from .convert import convert, find_quantised
 from .dequantize import plain_tensors
-from .files import VARIANT_FOLDERS, find_model
+from .files import VARIANT_FOLDERS, find_model, find_sources
 from .pipeline import LancePipeline
 from .quant_error import Comparison, Settings, compare
 from .quant_formats import FORMATS
@@ -106,6 +106,8 @@ def run_quantize(arguments: Sequence[str]) -> str:
     options = quantize_parser().parse_args(arguments)
     plan = Plan(options.format, options.scope, _layers(options.keep_layers))
     file = TensorFile(find_model(options.model, options.variant))
+    if not options.no_measure:
+        _check_can_be_measured(options)
     with Progress("writing", "B") as bar:
         written = quantize(file, options.output, plan, bar)
     result = None if options.no_measure else _measured(options, written)
@@ -125,6 +127,14 @@ def run_convert(arguments: Sequence[str]) -> str:
     if "tokenizer_json" not in TensorFile(options.output).metadata:
         lines[:0] = ["No tokenizer was found: name the folder of the original with --files, or put its files beside the copy."]
     return "\n".join(lines)
+
+
+def _check_can_be_measured(options: argparse.Namespace) -> None:
+    """Before minutes are spent on writing."""
+    try:
+        find_sources(options.model, options.variant)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Or write the file without measuring: --no-measure.") from error
 
 
 def _measured(options: argparse.Namespace, written: Written) -> Comparison:

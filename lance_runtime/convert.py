@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .checkpoint import MODEL_RULES, TensorFile, apply_rules, check_names, identify
+from .checkpoint import BESIDE, TensorFile, check_names, identify
 from .components import build_lance
 from .config import LanceConfig
 from .dequantize import DequantizedTensors, all_tensors
@@ -46,7 +46,7 @@ def convert(
 
 def _check_is_whole(tensors: DequantizedTensors) -> None:
     """Strict, as for every checkpoint; ``ValueError`` for what is quantised and is not Lance."""
-    shapes = {new: shape for name, shape in tensors.shapes.items() if (new := apply_rules(name, MODEL_RULES)) is not None}
+    shapes = {name: shape for name, shape in tensors.shapes.items() if not name.startswith(BESIDE)}
     try:
         config = LanceConfig.from_shapes(shapes)
     except KeyError as error:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from .checkpoint import (
-    MODEL_RULES,
     OLD_QUANT_TENSOR,
     QUANT_HEADER,
     QUANT_TENSOR,
     TensorFile,
     Tensors,
-    apply_rules,
+    canonical_name,
     model_tensors,
 )
 from .quant_formats import AWQ, COMMUNITY_NVFP4, NATIVE, Format
@@ -73,8 +72,8 @@ def plain_tensors(file: TensorFile) -> DequantizedTensors:
 
 
 def all_tensors(file: TensorFile) -> DequantizedTensors:
-    """Every tensor of a file, whole, under the names that it has there; community conversions are read as well."""
-    names = {name: name for name in file}
+    """Every tensor of a file, whole, under its canonical name; community conversions are read as well."""
+    names = {canonical_name(name): name for name in file}
     return DequantizedTensors(file, names, quantised_layers(file, names))
 
 
@@ -92,7 +91,7 @@ def quantised_layers(file: TensorFile, names: Mapping[str, str]) -> dict[str, Qu
 def _settings(file: TensorFile, names: Mapping[str, str]) -> dict[str, dict]:
     """What a file says of its quantised layers, in each of the ways in which files say it."""
     said = json.loads(file.metadata[QUANT_HEADER])["layers"] if QUANT_HEADER in file.metadata else {}
-    found = {apply_rules(layer, MODEL_RULES) or layer: dict(value) for layer, value in said.items()}
+    found = {canonical_name(layer): dict(value) for layer, value in said.items()}
     for name, stored in names.items():
         layer, _, part = name.rpartition(".")
         if part == QUANT_TENSOR[1:]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +15,7 @@ from .config import LanceConfig, VisionConfig
 from .dequantize import plain_tensors
 from .tokenizer import LanceTokenizer
 
+LOGGER = logging.getLogger("lance")
 VARIANT_FOLDERS = {"image": "Lance_3B", "video": "Lance_3B_Video"}
 MODEL_NAMES = ("model.safetensors", "ema.safetensors")
 VIT_FOLDER, VIT_NAME = "Qwen2.5-VL-ViT", "vit.safetensors"
@@ -22,6 +25,8 @@ NANO = Path(__file__).with_name("nano")
 VIT_CHOICES = ("auto", "checkpoint", "standalone")
 # ComfyUI's own folders under models/: the hub's tree lies in them part by part.
 MODEL_HOME, VIT_HOME, VAE_HOME = "diffusion_models", "text_encoders", "vae"
+# Where ComfyUI keeps its own copy of Qwen2.5's tokenizer, beside models/: what it downloads itself comes without one.
+COMFYUI_TOKENIZER = Path("comfy", "text_encoders", "qwen25_tokenizer")
 # What a single file carries in its header, and where it lies on the hub.
 HEADER_FILES = {
     "llm_config_json": "llm_config.json",
@@ -53,14 +58,14 @@ def find_sources(path: Path, variant: str, vit: str = "auto") -> Sources:
     _check_choices(path, variant, vit)
     model = TensorFile(find_model(path, variant))
     check_is_lance(model)
-    home = path if path.is_dir() else path.parent
-    tower = None if _uses_own_vit(model, vit) else TensorFile(_find_vit(home))
+    homes = _homes(path)
+    tower = None if _uses_own_vit(model, vit) else TensorFile(_find_vit(homes))
     return Sources(
         model=model,
         vit=tower,
-        vae=_find_vae(home),
+        vae=_find_vae(homes),
         config=read_config(model),
-        vision=read_vision_config(tower, _find_vit_config(home)),
+        vision=read_vision_config(tower, _find_vit_config(homes)),
         tokenizer=read_tokenizer(model),
     )
 
@@ -84,8 +89,16 @@ def read_vision_config(file: TensorFile | None, config_file: Path) -> VisionConf
 
 
 def read_tokenizer(file: TensorFile) -> LanceTokenizer:
-    """From the header's metadata, or from the files beside the checkpoint."""
-    return LanceTokenizer.from_metadata(file.metadata) or LanceTokenizer.from_folder(file.path.parent)
+    """From the header's metadata, from the files beside the checkpoint, or from those of the ComfyUI around it."""
+    if found := LanceTokenizer.from_metadata(file.metadata):
+        return found
+    try:
+        return LanceTokenizer.from_folder(file.path.parent)
+    except FileNotFoundError:
+        around = (parent / COMFYUI_TOKENIZER for parent in file.path.absolute().parents)
+        if (folder := next((place for place in around if place.is_dir()), None)) is None:
+            raise
+        return LanceTokenizer.from_folder(folder)
 
 
 def header_of(file: TensorFile, folder: Path | None = None) -> dict[str, str]:
@@ -121,31 +134,46 @@ def _uses_own_vit(model: TensorFile, vit: str) -> bool:
     return own if vit == "auto" else vit == "checkpoint"
 
 
+def _homes(path: Path) -> list[Path]:
+    """The folder of a model; for a file in ComfyUI's folders also that of all models."""
+    home = path if path.is_dir() else path.absolute().parent
+    return [home, *(folder.parent for folder in (home, home.parent) if folder.name == MODEL_HOME)]
+
+
 def find_model(path: Path, variant: str) -> Path:
     """The checkpoint of a variant under a folder, or the single file itself; ``FileNotFoundError`` where there is none."""
     if path.is_file():
         return path
-    fixed = [folder / VARIANT_FOLDERS[variant] / name for folder in (path, path / MODEL_HOME) for name in MODEL_NAMES]
+    folders, hub = (path, path / MODEL_HOME), VARIANT_FOLDERS[variant]
+    fixed = [folder / hub / name for folder in folders for name in MODEL_NAMES] + [folders[1] / f"{hub}.safetensors"]
     others = [path / folder / name for folder in VARIANT_FOLDERS.values() for name in MODEL_NAMES]
     shared = [p for p in others if p.is_file() and guess_variant(TensorFile(p)) == ANY_VARIANT]
-    single = (p for p in _single_files(path, "a Lance checkpoint") if guess_variant(TensorFile(p)) in (variant, ANY_VARIANT))
+    found = (file for folder in folders for file in _single_files(folder, "a Lance checkpoint"))
+    single = (file.path for file in found if guess_variant(file) in (variant, ANY_VARIANT))
     return _first([*fixed, *shared], single) or _missing(f"The {variant} checkpoint", fixed[: len(MODEL_NAMES)], path)
 
 
-def _find_vit(home: Path) -> Path:
-    fixed = [folder / VIT_FOLDER / VIT_NAME for folder in (home, home.parent, home / VIT_HOME)]
-    return _first(fixed, _single_files(home, "a vision tower alone")) or _missing("The vision tower", fixed[:1], home)
+def _find_vit(homes: list[Path]) -> Path:
+    name = f"{VIT_FOLDER}/{VIT_NAME}"
+    found = _find(homes, VIT_HOME, (name,), "a vision tower alone")
+    return found or _missing("The vision tower", [homes[0] / name], homes[0])
 
 
-def _find_vit_config(home: Path) -> Path:
-    fixed = [folder / VIT_FOLDER / "config.json" for folder in (home, home / VIT_HOME)]
+def _find_vit_config(homes: list[Path]) -> Path:
+    fixed = [folder / VIT_FOLDER / "config.json" for home in homes for folder in (home, home / VIT_HOME)]
     return _first(fixed, iter(())) or fixed[0]
 
 
-def _find_vae(home: Path) -> Path:
-    fixed = [folder / name for folder in (home, home.parent, home / VAE_HOME) for name in VAE_NAMES]
-    found = _first(fixed, _single_files(home, "a Wan 2.2 VAE"))
-    return found or _missing("The Wan 2.2 VAE", fixed[: len(VAE_NAMES)], home)
+def _find_vae(homes: list[Path]) -> Path:
+    tried = [homes[0] / name for name in VAE_NAMES]
+    return _find(homes, VAE_HOME, VAE_NAMES, "a Wan 2.2 VAE") or _missing("The Wan 2.2 VAE", tried, homes[0])
+
+
+def _find(homes: list[Path], part: str, names: tuple[str, ...], what: str) -> Path | None:
+    """A part of a model beside it, beside its folder, or in ComfyUI's folder of such parts."""
+    folders = [homes[0], homes[0].parent, *(home / part for home in homes)]
+    single = (file.path for folder in (homes[0], *folders[2:]) for file in _single_files(folder, what))
+    return _first([folder / name for folder in folders for name in names], single)
 
 
 def _first(fixed: list[Path], single: Iterator[Path]) -> Path | None:
@@ -153,13 +181,22 @@ def _first(fixed: list[Path], single: Iterator[Path]) -> Path | None:
     return next((path for path in fixed if path.is_file()), None) or next(single, None)
 
 
-def _single_files(folder: Path, what: str) -> Iterator[Path]:
-    """The single files of a folder that hold what is looked for (headers alone are read)."""
-    return (path for path in sorted(folder.glob("*.safetensors")) if identify(TensorFile(path)) == what)
+def _single_files(folder: Path, what: str) -> Iterator[TensorFile]:
+    """The single files of a folder that hold what is looked for."""
+    return (file for file in whole_files(folder.glob("*.safetensors")) if identify(file) == what)
+
+
+def whole_files(paths: Iterable[Path]) -> Iterator[TensorFile]:
+    """Those that can be opened (headers alone are read); of a damaged one the log tells, and the search goes on."""
+    for path in sorted(paths):
+        try:
+            yield TensorFile(path)
+        except ValueError as error:
+            LOGGER.warning("[Lance] %s", str(error).split("\n", maxsplit=1)[0])
 
 
 def _missing(what: str, tried: list[Path], folder: Path) -> NoReturn:
     names = ", ".join(str(path.relative_to(folder)) for path in tried)
-    others = [f"{path.name} is {identify(TensorFile(path))}" for path in sorted(folder.glob("*.safetensors"))[:3]]
+    others = [f"{file.path.name} is {identify(file)}" for file in islice(whole_files(folder.glob("*.safetensors")), 3)]
     there = f" ({'; '.join(others)})" if others else ""
     raise FileNotFoundError(f"{what} was not found in {folder}: neither {names} nor a single file{there}.\nGet it from {HUB}.")

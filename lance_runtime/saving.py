@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -55,22 +56,27 @@ def write_tensors(
 ) -> None:
     """Write a file of which no more than one piece is in memory; progress is called with (bytes done, bytes in all).
 
-    The file gets its name when it is complete: an interrupted run leaves a ``.part`` and no broken file.
+    The file gets its name when it is complete: an interrupted run leaves nothing. ``ValueError`` where the disk has no room.
     """
     check_new(path)
     header, offsets = _header([spec for piece in pieces for spec in piece.specs.items()], metadata)
     total = sum(spec.nbytes for piece in pieces for spec in piece.specs.values())
     path.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(path.parent).free) < len(header) + total:
+        raise ValueError(f"{path.name} takes {len(header) + total} bytes; {free} are free.\nFree some, or use another disk.")
     unfinished, done = path.with_suffix(".part"), 0
-    with unfinished.open("wb") as stream:
-        stream.write(header)
-        stream.truncate(len(header) + total)
-        for piece in pieces:
-            _write(stream, piece, offsets, len(header))
-            done += sum(spec.nbytes for spec in piece.specs.values())
-            if progress is not None:
-                progress(done, total)
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + total)
+            for piece in pieces:
+                _write(stream, piece, offsets, len(header))
+                done += sum(spec.nbytes for spec in piece.specs.values())
+                if progress is not None:
+                    progress(done, total)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _write(stream: BinaryIO, piece: Piece, offsets: Mapping[str, int], start: int) -> None:

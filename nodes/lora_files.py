@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..lance_runtime.checkpoint import WRAPPER
+
 ROOT = "diffusion_model."
 # What trainers and savers put before the path of a module, one after another.
 PREFIX = re.compile(
     r"^(base_model\.|model\.diffusion_model\.|diffusion_model\.|text_encoders\.|pipe\.dit\.|transformer\.|unet\.|model\."
     r"|lora_(unet|transformer|te\d*)_|lycoris_)+"
 )
-# What torch puts around a module that is compiled, sharded, checkpointed, or on several cards.
-WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 # What a path may lack at its front.
 STEMS = ("", "language_model.", "language_model.model.")
 # PEFT's names within a module -> ComfyUI's. An adapter may have any name, or none.

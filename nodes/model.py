@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor
 
-from ..lance_runtime.checkpoint import ANY_VARIANT, HEADER_TENSOR, VARIANT_HEADER, pack_header
+from ..lance_runtime.checkpoint import ANY_VARIANT, HEADER_TENSOR, VARIANT_HEADER, VIT_PREFIX, pack_header
 from ..lance_runtime.config import LanceConfig
 from ..lance_runtime.denoise import BATCHED_TOKENS, predict_velocity
 from ..lance_runtime.engine import Engine
@@ -182,7 +182,9 @@ class LanceModel(comfy.model_base.BaseModel):
         self.variant: str | None = model_config.variant
         self.prefixes: list[Prefix] = []
         self.question_cache = PrefixCache()
-        self.header: dict[str, str] = {}  # configuration and tokenizer, which a saved model takes along
+        # What a saved model takes along: configuration and tokenizer, and the checkpoint's own vision tower if it has one.
+        self.header: dict[str, str] = {}
+        self.own_tower: Mapping[str, Tensor] = {}
         self.memory_usage_factor_conds = ("prefix",)
 
     @property
@@ -192,7 +194,8 @@ class LanceModel(comfy.model_base.BaseModel):
     def state_dict_for_saving(self, *parts: Any, **more: Any) -> dict[str, Tensor]:
         # ComfyUI's save nodes keep tensors alone.
         header = {**self.header, **({} if self.variant is None else {VARIANT_HEADER: self.variant})}
-        return {**super().state_dict_for_saving(*parts, **more), HEADER_TENSOR: pack_header(header)}
+        tower = {VIT_PREFIX + name: tensor for name, tensor in self.own_tower.items()}
+        return {**super().state_dict_for_saving(*parts, **more), **tower, HEADER_TENSOR: pack_header(header)}
 
     def get_dtype_inference(self) -> torch.dtype:
         # ``--force-fp16`` and Select Model Device do not ask what a model supports.

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from ..lance_runtime.checkpoint import (
-    MODEL_RULES,
     QUANT_TENSOR,
     TensorFile,
-    apply_rules,
+    canonical_name,
     check_names,
     guess_variant,
+    has_own_vit,
     model_tensors,
     pack_header,
     unpack_header,
+    vit_tensors,
 )
 from ..lance_runtime.components import build_lance
 from ..lance_runtime.dequantize import plain_tensors
@@ -67,6 +68,7 @@ def load_model(
     patcher_class = comfy.model_patcher.CoreModelPatcher if dynamic else SharedPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
     model.header = {key: text for key, text in header_of(file).items() if key in HEADER_FILES}
+    model.own_tower = vit_tensors(file) if has_own_vit(file) else {}
     if not comfy.model_management.is_device_cpu(patcher.offload_device):  # --highvram: no copy in main memory
         model.to(patcher.offload_device)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
@@ -85,11 +87,11 @@ def _forget_questions(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bo
 
 def _state(file: TensorFile) -> dict[str, Tensor]:
     """A file's tensors under canonical names, quantised layers marked in the way that ComfyUI's layers read today."""
-    state, metadata = comfy.utils.load_torch_file(str(file.path), return_metadata=True)
+    state, metadata = (file, {}) if file.is_pickle else comfy.utils.load_torch_file(str(file.path), return_metadata=True)
     state = {name: state[stored] for name, stored in model_tensors(file).names.items()}
     state, _ = comfy.utils.convert_old_quants(state, "", metadata=metadata)
     # The header may name layers with the prefix that their tensors had.
-    state = {apply_rules(name, MODEL_RULES): tensor for name, tensor in state.items()}
+    state = {canonical_name(name): tensor for name, tensor in state.items()}
     for name in [name for name in state if name.endswith(QUANT_TENSOR)]:
         how = unpack_header(state[name])
         # A file of others may not say it (see FULL_PRECISION), and a card that multiplies in fp8 would cut the inputs.

@@ -1,6 +1,5 @@
 """The vision tower: a small model of its own in ComfyUI's memory management, loaded only to encode."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import nn
 from ..lance_runtime.checkpoint import TensorFile, has_own_vit, identify, vit_tensors
 from ..lance_runtime.components import assign
 from ..lance_runtime.context import Segment
-from ..lance_runtime.files import VIT_FOLDER, VIT_NAME, read_vision_config
+from ..lance_runtime.files import VIT_FOLDER, VIT_NAME, read_vision_config, whole_files
 from ..lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
 from ..lance_runtime.preprocess import vit_patches
 from ..lance_runtime.reuse import VisionTokenCache
@@ -22,7 +21,6 @@ from ..lance_runtime.types import LatentShape
 from .attention import comfy_attention
 from .model_files import model_path
 
-LOGGER = logging.getLogger("lance")
 AUTO = "auto"
 FOLDER = "text_encoders"
 
@@ -97,8 +95,8 @@ class VisionTower:
         """The checkpoint's own tower has no configuration beside it: that of the separate one holds for both."""
         if not has_own_vit(file):
             return file, file.path.with_name("config.json")
-        separate = next(_towers(), None)
-        return separate, file.path.parent.parent / VIT_FOLDER / "config.json"
+        beside = file.path.parent.parent / VIT_FOLDER / "config.json"
+        return None if beside.is_file() else next(_towers(), None), beside
 
     def _file(self) -> TensorFile:
         if self.name != AUTO:
@@ -115,14 +113,7 @@ class VisionTower:
 
 
 def _towers() -> Iterator[TensorFile]:
-    """Every vision tower among ComfyUI's text encoders (headers alone are read)."""
-    for name in folder_paths.get_filename_list(FOLDER):
-        path = folder_paths.get_full_path(FOLDER, name)
-        if path is not None and path.endswith(".safetensors"):
-            try:
-                file = TensorFile(path)
-            except ValueError as error:  # another model's, cut off: nothing that pictures need
-                LOGGER.warning("[Lance] %s", str(error).split("\n", maxsplit=1)[0])
-                continue
-            if identify(file) == "a vision tower alone":
-                yield file
+    """Every vision tower among ComfyUI's text encoders."""
+    paths = (folder_paths.get_full_path(FOLDER, name) for name in folder_paths.get_filename_list(FOLDER))
+    found = whole_files(Path(path) for path in paths if path is not None and path.endswith(".safetensors"))
+    return (file for file in found if identify(file) == "a vision tower alone")

@@ -273,10 +273,57 @@ def test_the_position_table_does_not_matter(tree, drawn, rows):
     assert draws(tree, drawn)
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
-def test_a_file_that_comfyui_saved_loads(tree, drawn, prefix):
+PREFIXES = [
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.",
+    "module.",
+    "_orig_mod.module.",
+    "ema.",
+    "transformer.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_file_that_others_saved_loads(tree, drawn, prefix):
     rewrite(tree / "Lance_3B" / "model.safetensors", lambda tensors: {prefix + k: v for k, v in tensors.items()})
     assert draws(tree, drawn)
+
+
+def test_a_video_checkpoint_that_others_saved_has_its_tower(tree):
+    path = tree / "Lance_3B_Video" / "model.safetensors"
+    rewrite(path, lambda tensors: {"module." + k: v for k, v in tensors.items()})
+    found, expected = (vit_tensors(TensorFile(p)) for p in (path, goldens.CHECKPOINT / "Lance_3B_Video" / "model.safetensors"))
+    assert guess_variant(TensorFile(path)) == "video"
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_wrapped_layers_and_old_buffers_do_not_matter(tree, drawn):
+    def change(tensors):
+        renamed = {name.replace("layers.1.", "layers.1._orig_mod."): tensor for name, tensor in tensors.items()}
+        return renamed | {"language_model.model.rotary_emb.inv_freq": torch.ones(16)}
+
+    rewrite(tree / "Lance_3B" / "model.safetensors", change)
+    assert draws(tree, drawn)
+
+
+def test_weights_and_their_average_in_one_file_are_refused(tree):
+    path = tree / "Lance_3B" / "model.safetensors"
+    rewrite(path, lambda tensors: tensors | {"ema." + name: tensor.clone() for name, tensor in tensors.items()})
+    message = refusal(load, tree)
+    assert "2 tensors of the file are one weight" in message
+    assert "Keep one set" in message
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "ema"])
+@pytest.mark.parametrize("suffix", [".pth", ".PT", ".bin", ".ckpt"])
+def test_pickles_under_every_name_are_read(tmp_path, suffix, key):
+    expected = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.bfloat16)}
+    torch.save(expected if key is None else {"step": 7, key: expected}, tmp_path / f"old{suffix}")
+    found = TensorFile(tmp_path / f"old{suffix}")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert set(found) == set(expected)
 
 
 TEXTS = ("the dog", "  a red hat, \n and a cat ", "A cat's “poster” 1234", "把背景换成草地。", "<|im_end|> as text")
@@ -378,6 +425,45 @@ def test_a_flat_folder_holds_both_variants(flat):
     assert "Variant 'audio'" in refusal(find_sources, flat, "audio")
 
 
+@pytest.fixture
+def comfyui(tmp_path):
+    """ComfyUI's folders with what its page downloads: the hub's files under flat names, without anything beside them."""
+    models, tokenizer = tmp_path / "models", tmp_path / "comfy" / "text_encoders" / "qwen25_tokenizer"
+    for name, source in (
+        ("diffusion_models/Lance_3B.safetensors", goldens.CHECKPOINT / "Lance_3B" / "model.safetensors"),
+        ("diffusion_models/Lance_3B_Video.safetensors", goldens.CHECKPOINT / "Lance_3B_Video" / "model.safetensors"),
+        ("text_encoders/qwen2.5_vl_vit.safetensors", VIT),
+        ("vae/wan2.2_vae.safetensors", VAE),
+    ):
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
+        if source == VAE:
+            save_file(torch.load(VAE, weights_only=True), models / name)
+        else:
+            shutil.copy(source, models / name)
+    # What is small here and not of the usual size, as on the hub.
+    shutil.copy(goldens.CHECKPOINT / "Lance_3B" / "llm_config.json", models / "diffusion_models" / "llm_config.json")
+    shutil.copy(VIT.with_name("config.json"), models / "text_encoders" / "config.json")
+    tokenizer.mkdir(parents=True)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(goldens.CHECKPOINT / "Lance_3B" / name, tokenizer / name)
+    return models
+
+
+@pytest.mark.parametrize("of", [".", "diffusion_models/Lance_3B.safetensors"])
+def test_what_comfyuis_page_downloads_is_a_model(comfyui, drawn, of):
+    (comfyui / "diffusion_models" / "A_damaged.safetensors").write_bytes(b"x" * 40)
+    (comfyui / "text_encoders" / "a_damaged.safetensors").write_bytes(b"x" * 40)
+    assert draws(comfyui / of, drawn)
+    sources = find_sources(comfyui / of, "image")
+    assert sources.vit.path == comfyui / "text_encoders" / "qwen2.5_vl_vit.safetensors"
+    assert sources.vae == comfyui / "vae" / "wan2.2_vae.safetensors"
+
+
+def test_both_variants_of_comfyuis_folders_are_found(comfyui):
+    assert find_sources(comfyui, "video").model.path.name == "Lance_3B_Video.safetensors"
+    assert find_sources(comfyui, "image").model.path.name == "Lance_3B.safetensors"
+
+
 @pytest.mark.parametrize("without", [["tokenizer_json"], ["tokenizer_json", "llm_config_json"], ["vocab_json", "merges_txt"]])
 def test_part_of_the_metadata_is_enough(flat, drawn, without):
     path = flat / "bytedance_lance_3b.safetensors"
@@ -441,6 +527,14 @@ OTHERS = {
         gen("mlp_moe_gen.up_proj.weight"): torch.zeros(4, 2, dtype=torch.uint8),
         gen("mlp_moe_gen.up_proj.weight_scale"): torch.zeros(4, 1).to(torch.float8_e4m3fn),
     },
+    "bitsandbytes": {
+        gen("mlp_moe_gen.up_proj.weight"): torch.zeros(8, 1, dtype=torch.uint8),
+        gen("mlp_moe_gen.up_proj.weight.absmax"): torch.zeros(1),
+    },
+    "it does not say which": {
+        gen("mlp_moe_gen.up_proj.weight"): torch.zeros(4, 2).to(torch.float8_e4m3fn),
+        gen("mlp_moe_gen.up_proj.weight_scale"): torch.ones(()),
+    },
     "MLX": {"model.layers.0.mlp_moe_gen.up_proj.weight": torch.zeros(4, 2), "lm_head.weight": torch.zeros(4, 2)},
     "plain Qwen2.5-VL": {
         "model.embed_tokens.weight": torch.zeros(4, 2),
@@ -471,6 +565,20 @@ def test_another_single_file_is_named(tmp_path, what):
     message = refusal(load, path)
     assert what in message
     assert f"{path.name} ({len(OTHERS[what])} tensors) is " in message
+
+
+def test_only_what_can_be_converted_is_sent_to_convert(tmp_path):
+    said = {}
+    for what, tensors in OTHERS.items():
+        save_file(tensors, tmp_path / "other.safetensors")
+        said[what] = "lance_runtime convert" in refusal(load, tmp_path / "other.safetensors")
+    assert [what for what, sent in said.items() if sent] == ["AWQ-INT4"]
+
+
+def test_a_part_of_a_model_is_named(tmp_path):
+    path = tmp_path / "model-00002-of-00004.safetensors"
+    save_file(OTHERS["plain language model"], path)
+    assert "is part 2 of 4 of a model" in refusal(load, path)
 
 
 @pytest.mark.parametrize("what", ["AWQ-INT4", "NVFP4", "MLX"])
@@ -623,7 +731,7 @@ def test_code_in_a_pickle_is_not_run(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [[1, 2], torch.zeros(3), {"state_dict": {"conv1.weight": torch.zeros(3)}}, {1: torch.zeros(2)}]
+    "value", [[1, 2], torch.zeros(3), {"optimizer": {"conv1.weight": torch.zeros(3)}}, {1: torch.zeros(2)}]
 )
 def test_a_pickle_of_something_else_is_refused(tree, value):
     torch.save(value, tree / VAE.name)

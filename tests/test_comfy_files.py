@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from comfy_results import TOLERANCE, difference, saved_latents
 from comfy_server import ComfyServer
 from goldens import CHECKPOINT
 from graphs import text_to_image
 from hub_server import serve
+from safetensors.torch import load_file, save_file
 from single_files import write_model, write_vae, write_vit
 from test_workflows import small
 
@@ -63,6 +66,15 @@ def single(tmp_path_factory):
     return folder
 
 
+def of_trainers(folder):
+    """What training scripts write: pickles with the weights under a key, and wrapped names."""
+    state = load_file(CHECKPOINT / "Lance_3B" / "model.safetensors")
+    torch.save({"step": 7, "ema": {"module." + name: tensor for name, tensor in state.items()}}, folder / "trained.ckpt")
+    save_file({"ema." + name: tensor for name, tensor in state.items()}, folder / "trained.safetensors")
+    for name in ("llm_config.json", "tokenizer.json"):
+        shutil.copy(CHECKPOINT / "Lance_3B" / name, folder / name)
+
+
 @pytest.fixture(scope="module")
 def server(downloaded, single, tmp_path_factory):
     from comfy_fixtures import require_comfyui
@@ -75,6 +87,7 @@ def server(downloaded, single, tmp_path_factory):
     (folder / "Lance").symlink_to(CHECKPOINT)
     tree = dict.fromkeys(own, ".")
     text = paths(downloaded=(downloaded, own), single=(single, other), tree=(folder, tree))
+    of_trainers(single / "diffusion")
     (folder / "extra.yaml").write_text(text)
     with ComfyServer({}, ["--extra-model-paths-config", str(folder / "extra.yaml")]) as running:
         yield running
@@ -97,6 +110,8 @@ def test_all_of_them_load_and_draw_the_same(server):
         {"model_name": "Lance_3B/model.safetensors", "vae_name": "Wan2.2_VAE.pth"},
         {"model_name": "Lance/Lance_3B/model.safetensors", "vae_name": "Lance/Wan2.2_VAE.pth"},
         {"model_name": "mine.safetensors", "vae_name": "48.safetensors"},
+        {"model_name": "trained.ckpt", "vae_name": "48.safetensors"},
+        {"model_name": "trained.safetensors", "vae_name": "48.safetensors"},
     ):
         latents, again = drawn(server, **names)
         assert difference(latents, expected) < TOLERANCE

@@ -14,6 +14,7 @@ from graphs import empty, loader, node
 from sampler_graphs import CFG, NEGATIVE, PROMPT, SEED, STEPS, base, ksampler, latents, with_patch
 
 from lance_runtime import Guidance, LancePipeline
+from lance_runtime.checkpoint import TensorFile, guess_variant, has_own_vit, vit_tensors
 
 pytestmark = pytest.mark.comfy
 ACTS, EXACT = 1e-3, 1e-5
@@ -155,6 +156,21 @@ def test_a_saved_model_loads_again(comfy_server, saved, class_type):
     graph = {**base(), "sample": ksampler()}
     graph["load"]["inputs"]["model_name"] = f"{class_type}_00001_.safetensors"
     assert difference(latents(comfy_server, graph), before) < EXACT
+
+
+@pytest.mark.parametrize("class_type", ["ModelSave", "CheckpointSave"])
+def test_a_saved_video_model_keeps_its_vision_tower(comfy_server, saved, class_type):
+    graph = base()
+    graph["load"]["inputs"]["model_name"] = "Lance_3B_Video/model.safetensors"
+    links = {"model": ["load", 0]} | ({"clip": ["load", 1], "vae": ["load", 2]} if class_type == "CheckpointSave" else {})
+    graph["save"] = node(class_type, filename_prefix=f"diffusion_models/{class_type}_video", **links)
+    comfy_server.run(graph)
+    (path,) = comfy_server.base.rglob(f"{class_type}_video*.safetensors")
+    found, expected = (vit_tensors(TensorFile(p)) for p in (path, CHECKPOINT / "Lance_3B_Video" / "model.safetensors"))
+    assert has_own_vit(found.file)
+    assert guess_variant(found.file) == "video"
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("depth", [1, 4])

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import shutil
+from types import SimpleNamespace
 
 import goldens
 import pytest
@@ -250,9 +253,16 @@ def test_an_interrupted_run_leaves_no_file(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         quantize(TensorFile(MODEL), path, Plan("fp8"), interrupt)
-    assert not path.exists()
+    assert not list(tmp_path.iterdir())
     quantize(TensorFile(MODEL), path, Plan("fp8"))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    message = refusal(quantize, TensorFile(MODEL), tmp_path / "q.safetensors", Plan("fp8"))
+    assert re.search(r"q.safetensors takes \d{6,} bytes; 1000 are free", message)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
@@ -435,10 +445,15 @@ def test_what_cannot_be_converted_is_refused(tmp_path):
     assert not target.exists()
 
 
-def test_comfyuis_formats_are_converted_too(trees, tmp_path):
-    source = TensorFile(trees["int8"] / "Lance_3B" / "model.safetensors")
-    assert convert(source, tmp_path / "full.safetensors") == 42
-    found, plain = load_file(tmp_path / "full.safetensors"), plain_tensors(source)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_comfyuis_formats_are_converted_too(trees, tmp_path, prefix):
+    path = trees["int8"] / "Lance_3B" / "model.safetensors"
+    plain = plain_tensors(TensorFile(path))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, tmp_path / "named.safetensors", metadata)
+    assert convert(TensorFile(tmp_path / "named.safetensors"), tmp_path / "full.safetensors") == 42
+    found = load_file(tmp_path / "full.safetensors")
     assert all(torch.equal(found[name], plain[name].bfloat16()) for name in plain)
 
 
@@ -522,6 +537,17 @@ def test_a_file_is_written_without_measuring(tmp_path, capsys):
     assert main(["quantize", "--model", str(MODEL), "--output", str(path), "--format", "fp8", "--no-measure"]) == 0
     assert "14 weights quantised" in capsys.readouterr().out
     assert path.is_file()
+
+
+def test_what_cannot_be_measured_is_not_written(tmp_path, capsys):
+    alone, path = tmp_path / "alone" / "a.safetensors", tmp_path / "q.safetensors"
+    shutil.copytree(MODEL.parent, alone.parent)
+    (alone.parent / "model.safetensors").rename(alone)
+    assert main(["quantize", "--model", str(alone), "--output", str(path), "--format", "fp8"]) == 2
+    error = capsys.readouterr().err
+    assert "The vision tower was not found" in error
+    assert "--no-measure" in error
+    assert not path.exists()
 
 
 def test_convert_says_what_it_did(tmp_path, capsys):
