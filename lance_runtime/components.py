@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import TensorFile, Tensors, check_names, vit_tensors
-from .config import LanceConfig, VisionConfig
+from .config import EMBED_KEY, LanceConfig, VisionConfig
 from .dequantize import plain_tensors
 from .engine import Engine
 from .files import Sources
@@ -50,7 +50,7 @@ def build_lance(config: LanceConfig) -> Lance:
 def load_components(sources: Sources, dtype: torch.dtype, device: torch.device, weights_on: torch.device) -> Components:
     """Build and load all parts. weights_on: where the weights are put first (the CPU where they are offloaded)."""
     model = build_lance(sources.config)
-    assign(model, plain_tensors(sources.model), dtype, weights_on)
+    assign(model, plain_tensors(sources.model), dtype, weights_on, in_main_memory=EMBED_KEY)  # its rows are looked up there
     vision = build_vision(sources.vision)
     assign(vision, vit_tensors(sources.vit or sources.model), dtype, weights_on)
     restore_buffers(vision, weights_on)
@@ -59,15 +59,18 @@ def load_components(sources: Sources, dtype: torch.dtype, device: torch.device, 
     return Components(model, vision, vae, sources.tokenizer, sources.vision, device, dtype)
 
 
-def assign(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+def assign(
+    module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, in_main_memory: str = ""
+) -> None:
     """Put tensors into a module on the meta device, one at a time, cast on the way; ``ValueError`` unless all fit.
 
-    At most the module and one tensor are in memory. On the CPU, tensors that need no cast stay mapped to the file.
+    in_main_memory: the name of one that stays on the CPU. At most the module and one tensor are in memory. On the CPU,
+    tensors that need no cast stay mapped to the file.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     found = tensors.shapes if isinstance(tensors, Tensors) else {name: tuple(t.shape) for name, t in tensors.items()}
     check_names(expected, found)
     for name in expected:
         owner, _, leaf = name.rpartition(".")
-        tensor = tensors[name].to(device=device, dtype=dtype)
+        tensor = tensors[name].to(device="cpu" if name == in_main_memory else device, dtype=dtype)
         module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))

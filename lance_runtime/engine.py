@@ -31,7 +31,7 @@ class Engine:
 
     def embed(self, ids: list[int]) -> Tensor:
         """Embeddings (1, L, D) of token ids."""
-        return self.model.embed_text(torch.tensor([ids], device=self.device), self.dtype)
+        return self.model.embed_text(torch.tensor([ids]), self.dtype, self.device)
 
     def rope(self, positions: Tensor) -> Rope:
         """The rotary table of positions (3, L)."""

@@ -110,7 +110,9 @@ class LanceTextModel(torch.nn.Module):
         if context is None:
             return 0
         a_token = config.kv_values_per_token + WIDE_ROWS * config.intermediate_size
-        return sum(layout(context).split_lens) * a_token * dtype.itemsize
+        head = self.owner.diffusion_model.language_model.lm_head.weight
+        passing = head.numel() * dtype.itemsize if head.device != self.device else 0  # through the device, token by token
+        return sum(layout(context).split_lens) * a_token * dtype.itemsize + passing
 
     def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None, dict]:
         recipe = Recipe(tuple(int(token[0]) for token in tokens[TOKENS][0]))

@@ -14,6 +14,7 @@ import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.supported_models_base
 import torch
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ..lance_runtime.checkpoint import ANY_VARIANT, HEADER_TENSOR, VARIANT_HEADER, VIT_PREFIX, pack_header
@@ -63,9 +64,13 @@ class LanceDiffusion(Lance):
                 elif hasattr(module, f"{name}_comfy_model_dtype"):  # Windows: nothing is allocated before it is loaded
                     setattr(module, f"{name}_comfy_model_dtype", dtype)
 
-    def embed_text(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        # ComfyUI's embedding casts rows of an 8-bit table only when it is told the type.
-        return self.language_model.model.embed_tokens(ids, out_dtype=dtype)
+    def embed_text(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        table = self.language_model.model.embed_tokens
+        patched = table.weight_function or getattr(table, "weight_lowvram_function", None) is not None
+        if table.weight.is_cpu and not patched and not isinstance(table.weight, QuantizedTensor):
+            # ComfyUI's embedding would bring the whole table (0.6 GB) to the device, and keep it there.
+            return torch.nn.functional.embedding(ids, table.weight).to(device, dtype)
+        return table(ids.to(device), out_dtype=dtype)
 
     def forward(
         self,

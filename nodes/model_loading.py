@@ -1,6 +1,7 @@
 """A Lance file -> a patcher around ``LanceModel``, in the types that ComfyUI's own rules choose."""
 
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -41,7 +42,31 @@ INT8_IN_PARTS = 7.5
 LEAST_MEMORY = 0.1  # bytes for weights: ComfyUI takes 0 for "all there is"
 
 
-class SharedPatcher(comfy.model_patcher.ModelPatcher):
+# Of the embedding table only rows are read, and the head is read for answers alone: when memory is short, they wait outside.
+READ_SELDOM = tuple(f"diffusion_model.language_model.{name}" for name in ("model.embed_tokens", "lm_head"))
+
+
+class SeldomLast:
+    """Ranks what is seldom read behind all other weights. ComfyUI ranks by size, where these two would be the first."""
+
+    def _load_list(self, *args: Any, **more: Any) -> list[tuple]:
+        # (ranks, size in memory, name, module, parameters): plain management takes the highest first, the dynamic one the
+        # lowest, of two ranks.
+        return [self._ranked(*entry) for entry in super()._load_list(*args, **more)]  # type: ignore[misc]
+
+    @staticmethod
+    def _ranked(*entry: Any) -> tuple:
+        *ranks, memory, name, module, parameters = entry
+        if name not in READ_SELDOM:
+            return entry
+        return (*((True, 1) if len(ranks) == 2 else (-1,) * len(ranks)), memory, name, module, parameters)
+
+
+class DynamicPatcher(SeldomLast, comfy.model_patcher.ModelPatcherDynamic):
+    """The patcher of MODEL and CLIP where ComfyUI brings weights to the card as they are read."""
+
+
+class SharedPatcher(SeldomLast, comfy.model_patcher.ModelPatcher):
     """The patcher of MODEL or of CLIP, which share one module: weights follow to the device of the side that runs."""
 
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
@@ -65,7 +90,7 @@ def load_model(
     _set_dtypes(config, state, load_device, WEIGHT_TYPES[weight_type])
     model = config.get_model(state)
     dynamic = not disable_dynamic and comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher
-    patcher_class = comfy.model_patcher.CoreModelPatcher if dynamic else SharedPatcher
+    patcher_class = DynamicPatcher if dynamic else SharedPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
     model.header = {key: text for key, text in header_of(file).items() if key in HEADER_FILES}
     model.own_tower = vit_tensors(file) if has_own_vit(file) else {}

@@ -227,6 +227,53 @@ def low_memory(nodes: Any) -> dict:
     return report
 
 
+def seldom(nodes: Any) -> dict:
+    """Where the embedding table and the head are while memory is short, and that nothing depends on it."""
+    graph = Graph(nodes)
+    network, patcher = graph.model.model.diffusion_model, graph.model
+    table, head = network.language_model.model.embed_tokens, network.language_model.lm_head
+    names = {module: name for name, module in graph.model.model.named_modules()}
+    whole = []
+    table.register_forward_pre_hook(lambda *_: whole.append(names[table]))
+    lora = {
+        "diffusion_model.language_model.model.embed_tokens.lora_down.weight": torch.ones(2, table.weight.shape[1]) / 8,
+        "diffusion_model.language_model.model.embed_tokens.lora_up.weight": torch.ones(table.weight.shape[0], 2) / 8,
+    }
+    patched = comfy.sd.load_lora_for_models(graph.model, graph.clip, lora, 1.0, 1.0)[0]
+    drawn, answer, changed = graph.draw(), graph.ask(), graph.draw(model=patched)
+    report: dict[str, Any] = {"whole tables": len(whole), "the LoRA acts": float((changed - drawn).abs().max())}
+    ranked = sorted(patcher._load_list(for_dynamic=True))
+    report["last of the dynamic"] = [entry[-3] for entry in ranked[-2:]]
+    loading = sys.modules[f"{PACK}.nodes.model_loading"]
+    report["dynamic"] = loading.DynamicPatcher._load_list is loading.SeldomLast._load_list
+    management.unload_all_models()
+    management.is_device_cpu = lambda device: False
+
+    def outside() -> list[str]:
+        kept = (module for module in names if hasattr(module, "comfy_cast_weights") and hasattr(module, "weight"))
+        return sorted(names[module] for module in kept if not getattr(module, "comfy_patched_weights", False))
+
+    seldom_read = sum(management.module_size(module) for module in (table, head))
+    widest = max(
+        management.module_size(module) for module in names if isinstance(module, torch.nn.Linear) and module is not head
+    )
+    room = patcher.model_size() - seldom_read + 2 * widest  # what is passed through needs a place, too
+    patcher.partially_load(patcher.load_device, room)
+    report["outside"], report["loaded"] = outside(), graph.model.model.model_loaded_weight_memory
+    report["all but these"] = sum(weight.nbytes for weight in network.parameters()) - seldom_read
+    estimate, context = graph.clip.cond_stage_model.memory_estimation_function, graph.edit()[0]
+    there = estimate({"context": context})
+    graph.clip.cond_stage_model.device = torch.device("meta")  # the head is elsewhere
+    report["passing"] = estimate({"context": context}) - there == head.weight.numel() * 4
+    graph.clip.cond_stage_model.device = torch.device("cpu")
+    management.unload_all_models()
+    management.vram_state = management.VRAMState.NO_VRAM
+    report["drawn"], report["answered"] = float((graph.draw() - drawn).abs().max()), graph.ask() == answer
+    whole.clear()
+    report["with a LoRA"], report["tables of a LoRA"] = float((graph.draw(model=patched) - changed).abs().max()), len(whole)
+    return report
+
+
 class Passes:
     """Counts what goes through a graph's vision tower, and the tokens of each pass through its language model."""
 

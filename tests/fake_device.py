@@ -138,7 +138,8 @@ def main() -> None:
     for pipe in pipes.values():  # else only the CPU's would be exact
         parts = pipe.components
         parts.model.config = replace(parts.model.config, bfloat16_frequencies=False)
-    found = {}
+    table = pipes[NAME].components.model.language_model.model.embed_tokens.weight
+    found = {"table": table.device.type}
     for task in (*tasks.GENERATION_TASKS, *tasks.UNDERSTANDING_TASKS):
         if (task in tasks.VIDEO_TASKS) == (variant == "video"):
             expected, other = (pipes[device](**tasks.arguments(task)) for device in ("cpu", NAME))

@@ -55,6 +55,20 @@ def test_low_memory_draws_the_same():
     assert found["kept"] == 0
 
 
+def test_what_is_seldom_read_waits_outside_when_memory_is_short():
+    found = report("seldom")
+    names = [f"diffusion_model.language_model.{name}" for name in ("lm_head", "model.embed_tokens")]
+    assert found["outside"] == sorted(found["last of the dynamic"]) == names
+    assert found["dynamic"]
+    assert found["loaded"] == found["all but these"]
+    assert found["passing"]
+    assert found["whole tables"] == 0
+    assert found["tables of a LoRA"] > 0
+    assert [found["drawn"], found["answered"]] == [0, True]
+    assert found["with a LoRA"] < 1e-4
+    assert found["the LoRA acts"] > 1e-3
+
+
 def test_a_run_does_not_grow_the_process():
     found = report("growth")
     assert found["a run"] < 1

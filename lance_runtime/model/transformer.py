@@ -171,9 +171,10 @@ class Lance(nn.Module):
         self.vae2llm = operations.Linear(config.latent_channels, config.hidden_size, bias=True, **factory)
         self.llm2vae = operations.Linear(config.hidden_size, config.latent_channels, bias=True, **factory)
 
-    def embed_text(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """ids (B, L) -> (B, L, D)."""
-        return self.language_model.model.embed_tokens(ids).to(dtype)
+    def embed_text(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """ids (B, L) -> (B, L, D) on the device. The table may lie in main memory: only these rows are moved."""
+        table = self.language_model.model.embed_tokens
+        return table(ids.to(table.weight.device)).to(device, dtype)
 
     def embed_latents(self, latents: Tensor, timesteps: Tensor, position_embeddings: Tensor) -> Tensor:
         """latents (B, C, T, H, W), flow times (B, T) and position embeddings (tokens, D) -> (B, tokens, D)."""
