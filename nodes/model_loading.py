@@ -44,29 +44,41 @@ LEAST_MEMORY = 0.1  # bytes for weights: ComfyUI takes 0 for "all there is"
 
 # Of the embedding table only rows are read, and the head is read for answers alone: when memory is short, they wait outside.
 READ_SELDOM = tuple(f"diffusion_model.language_model.{name}" for name in ("model.embed_tokens", "lm_head"))
+LESS = 1e-15  # what makes any size the least
 
 
-class SeldomLast:
-    """Ranks what is seldom read behind all other weights. ComfyUI ranks by size, where these two would be the first."""
+class Ranked:
+    """Ranks weights by who reads them, where memory is short; ComfyUI ranks by size alone.
+
+    The understanding expert's are first: prompts and answers read no others, so that on a card for half the weights they
+    copy none, and drawing copies as many as before. What is seldom read is last.
+    """
 
     def _load_list(self, *args: Any, **more: Any) -> list[tuple]:
-        # (ranks, size in memory, name, module, parameters): plain management takes the highest first, the dynamic one the
-        # lowest, of two ranks.
-        return [self._ranked(*entry) for entry in super()._load_list(*args, **more)]  # type: ignore[misc]
-
-    @staticmethod
-    def _ranked(*entry: Any) -> tuple:
-        *ranks, memory, name, module, parameters = entry
-        if name not in READ_SELDOM:
-            return entry
-        return (*((True, 1) if len(ranks) == 2 else (-1,) * len(ranks)), memory, name, module, parameters)
+        return [ranked(*entry) for entry in super()._load_list(*args, **more)]  # type: ignore[misc]
 
 
-class DynamicPatcher(SeldomLast, comfy.model_patcher.ModelPatcherDynamic):
+def ranked(*entry: Any) -> tuple:
+    """An entry of ComfyUI's list: (ranks, size in memory, name, module, parameters).
+
+    Plain management takes the highest first, and reserves room to copy by that rank: the experts are told apart among
+    equals only. The dynamic one takes the lowest first of (whether it is large, minus its size).
+    """
+    *ranks, memory, name, module, parameters = entry
+    if len(ranks) == 1:
+        ranks = [-1] if name in READ_SELDOM else [ranks[0] - ("_moe_gen" in name)]
+    elif name in READ_SELDOM:
+        ranks = [True, 1]
+    elif ranks[0] and "_moe_gen" in name:
+        ranks = [True, ranks[1] * LESS]
+    return (*ranks, memory, name, module, parameters)
+
+
+class DynamicPatcher(Ranked, comfy.model_patcher.ModelPatcherDynamic):
     """The patcher of MODEL and CLIP where ComfyUI brings weights to the card as they are read."""
 
 
-class SharedPatcher(SeldomLast, comfy.model_patcher.ModelPatcher):
+class SharedPatcher(Ranked, comfy.model_patcher.ModelPatcher):
     """The patcher of MODEL or of CLIP, which share one module: weights follow to the device of the side that runs."""
 
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False) -> int:

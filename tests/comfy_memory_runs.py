@@ -244,8 +244,17 @@ def seldom(nodes: Any) -> dict:
     report: dict[str, Any] = {"whole tables": len(whole), "the LoRA acts": float((changed - drawn).abs().max())}
     ranked = sorted(patcher._load_list(for_dynamic=True))
     report["last of the dynamic"] = [entry[-3] for entry in ranked[-2:]]
+    large = [(entry[-4], entry[-3]) for entry in ranked[:-2] if entry[0]]
+    experts = [[pair for pair in large if ("_moe_gen" in pair[1]) == gen] for gen in (False, True)]
+    by_size = [sorted((size for size, _ in expert), reverse=True) for expert in experts]
+    report["experts in turn"] = large == experts[0] + experts[1] and len(experts[1]) > 5
+    report["by size"] = [[size for size, _ in expert] for expert in experts] == by_size
+    plain = sorted(patcher._load_list(), reverse=True)
+    report["plain by size"] = [e[-4] for e in plain[:-2]] == sorted((e[-4] for e in plain[:-2]), reverse=True)
+    wide = [entry[-3] for entry in plain if entry[-3].endswith(("up_proj", "down_proj", "gate_proj"))]
+    report["plain experts in turn"] = wide == sorted(wide, key=lambda name: "_moe_gen" in name) and len(wide) > 10
     loading = sys.modules[f"{PACK}.nodes.model_loading"]
-    report["dynamic"] = loading.DynamicPatcher._load_list is loading.SeldomLast._load_list
+    report["dynamic"] = loading.DynamicPatcher._load_list is loading.Ranked._load_list
     management.unload_all_models()
     management.is_device_cpu = lambda device: False
 

@@ -55,11 +55,12 @@ def test_low_memory_draws_the_same():
     assert found["kept"] == 0
 
 
-def test_what_is_seldom_read_waits_outside_when_memory_is_short():
+def test_weights_are_ranked_by_who_reads_them_when_memory_is_short():
     found = report("seldom")
     names = [f"diffusion_model.language_model.{name}" for name in ("lm_head", "model.embed_tokens")]
     assert found["outside"] == sorted(found["last of the dynamic"]) == names
     assert found["dynamic"]
+    assert all(found[what] for what in ("experts in turn", "by size", "plain experts in turn", "plain by size"))
     assert found["loaded"] == found["all but these"]
     assert found["passing"]
     assert found["whole tables"] == 0

@@ -338,10 +338,10 @@ in bfloat16."""
 MEMORY = """The network alone, while it reads the contexts and takes a guided step: what tensors hold, where attention writes
 no scores. The embedding table (0.62 GB) is not counted, since its rows are looked up in main memory, nor is the head (as
 large), which is read for answers alone: ComfyUI's dynamic memory brings it for them, its plain one when all else has a place
-(outside ComfyUI it is always there, unless weights are offloaded). The allocator's rounding comes on top, and for quantised files one layer's weights in bfloat16 (45 MB). The vision
-tower (1.34 GB) and the VAE work before or after it, and can leave the card for it. Nor need all weights lie there: ComfyUI
-passes those that do not fit through the card, as `offload="layer"` does outside, so what a card cannot do without is the
-first column and some layers."""
+(outside ComfyUI it is always there, unless weights are offloaded). The allocator's rounding comes on top, and for quantised
+files one layer's weights in bfloat16 (45 MB). The vision tower (1.34 GB) and the VAE work before or after it, and can leave the
+card for it. Nor need all weights lie there: ComfyUI passes those that do not fit through the card, as `offload="layer"` does
+outside, so what a card cannot do without is the first column and some layers."""
 FLOORS = """A pass cannot take less than its operations at the card's rate, nor less than its weights, keys and values at the
 card's bandwidth. Pictures and clips are bound by operations, answers by bandwidth. int8 files multiply in int8, here at twice
 the bfloat16 rate; fp8, nvfp4 and mxfp8 files are small in memory and multiply in bfloat16. (ComfyUI's layers write such a
