@@ -35,7 +35,7 @@ SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 # Whatever stands before a part of the network is of whoever trained or saved the file (ComfyUI's "model.diffusion_model.").
 FRONT = re.compile(
-    r"^.*?(?=(language_model\.(model|lm_head)|time_embedder|vae2llm|llm2vae|latent_pos_embed|vit_model)\.|scaled_fp8$)"
+    r"^.*?(?=(language_model\.(model|lm_head)|time_embedder|vae2llm|llm2vae|latent_pos_embed|vit_model)(\.|$)|scaled_fp8$)"
 )
 
 
@@ -99,14 +99,15 @@ class TensorFile(Tensors):
                 f"{self.path.name} ({self.path.stat().st_size} bytes) is no complete pickle of tensors: {_first_line(error)}\n"
                 f"Download it again from {HUB}; pickles with code in them are never loaded."
             ) from error
-        if isinstance(state, dict):
-            state = next((state[key] for key in WEIGHTS_IN_PICKLES if isinstance(state.get(key), dict)), state)
-        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        while isinstance(state, dict) and (inner := [key for key in WEIGHTS_IN_PICKLES if isinstance(state.get(key), dict)]):
+            state = state[inner[0]]
+        if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+            what = f"{list(state)[:5]}" if isinstance(state, dict) else f"a {type(state).__name__}"
             raise ValueError(
-                f"{self.path.name} ({self.path.stat().st_size} bytes) holds a {type(state).__name__}, not tensors by name.\n"
+                f"{self.path.name} ({self.path.stat().st_size} bytes) holds {what}, not tensors by name.\n"
                 f"Download it again from {HUB}."
             )
-        self._pickled = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        self._pickled = {name: value for name, value in state.items() if isinstance(value, Tensor) and isinstance(name, str)}
         self.shapes = {name: tuple(value.shape) for name, value in self._pickled.items()}
         self.dtypes = {name: str(value.dtype) for name, value in self._pickled.items()}
 
@@ -217,7 +218,7 @@ CONVERTIBLE = ("an AWQ-INT4", "an NVFP4")
 
 def identify(file: TensorFile) -> str:
     """What a file is, in words, from its names, shapes and dtypes."""
-    if shard := SHARD.search(file.path.name):
+    if (shard := SHARD.search(file.path.name)) and int(shard[2]) > 1:
         return f"part {int(shard[1])} of {int(shard[2])} of a model"
     generates = any("_moe_gen" in name for name in file)
     if kind := _identify_conversion(file, generates):

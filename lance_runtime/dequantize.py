@@ -84,6 +84,10 @@ def quantised_layers(file: TensorFile, names: Mapping[str, str]) -> dict[str, Qu
     for layer, said in settings.items():
         known = ((part, names.get(f"{layer}.{part}")) for part in PARTS)
         parts = {OLD_NAMES.get(part, part): stored for part, stored in known if stored is not None}
+        if not {"weight", "qweight"} & set(parts):
+            raise ValueError(
+                f"{file.path.name} says how {layer} is quantised, but holds 0 of its weights.\nUse a file that is whole."
+            )
         found[layer] = QuantizedWeight(_format(said["format"], layer, file), said, parts)
     return found
 

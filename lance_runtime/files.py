@@ -191,7 +191,7 @@ def whole_files(paths: Iterable[Path]) -> Iterator[TensorFile]:
     for path in sorted(paths):
         try:
             yield TensorFile(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a link to nowhere, too
             LOGGER.warning("[Lance] %s", str(error).split("\n", maxsplit=1)[0])
 
 

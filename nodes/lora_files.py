@@ -15,6 +15,10 @@ from torch import Tensor
 from ..lance_runtime.checkpoint import WRAPPER
 
 ROOT = "diffusion_model."
+BY_PEFT = "base_model."  # how names begin in what PEFT itself saves
+KINDS = ("LORA", "LOHA", "LOKR")
+OTHER_BASES = ("pissa", "olora", "corda", "loftq")  # beginnings of training that change the model, too
+OF_CLIP = re.compile(r"text_encoders\.|lora_te\d*_")  # in files with a half for MODEL and another for CLIP
 # What trainers and savers put before the path of a module, one after another.
 PREFIX = re.compile(
     r"^(base_model\.|model\.diffusion_model\.|diffusion_model\.|text_encoders\.|pipe\.dit\.|transformer\.|unet\.|model\."
@@ -28,8 +32,7 @@ PEFT_NAMES = (
     (re.compile(r"lora_embedding_(A|B)(\.[^.]+)?"), r"lora_embedding_\1"),
     (re.compile(r"lora_B\.([^.]+\.)?bias"), "lora_B.bias"),
     (re.compile(r"lora_magnitude_vector(\..+)?"), "lora_magnitude_vector"),
-    (re.compile(r"(modules_to_save\.[^.]+\.|base_layer\.)?weight"), "set_weight"),
-    (re.compile(r"(modules_to_save\.[^.]+\.|base_layer\.)?bias"), "bias.set_weight"),
+    (re.compile(r"(modules_to_save\.[^.]+\.|base_layer\.)?(weight|bias)"), r"saved.\2"),
 )
 # A module's two matrices: what multiplies first, and what multiplies its result. The first row is PEFT's.
 PAIRS = (
@@ -46,10 +49,11 @@ WHOLE = {
     "diff": "weight",
     "set_weight": "weight",
     "w_norm": "weight",
+    "saved.weight": "weight",
     "diff_b": "bias",
     "lora_B.bias": "bias",
     "b_norm": "bias",
-    "bias.set_weight": "bias",
+    "saved.bias": "bias",
 }
 # What only says how matrices act.
 SETTINGS = ("alpha", "dora_scale", "lora_mid.weight", "reshape_weight")
@@ -63,35 +67,65 @@ class Part(NamedTuple):
 
 
 class Strength(NamedTuple):
-    """What PEFT keeps beside its matrices, in ``adapter_config.json``: they count alpha / rank times, or alpha / sqrt(rank)."""
+    """What PEFT keeps beside its matrices: they count alpha / rank times, or alpha / sqrt(rank)."""
 
     alpha: float
+    rank: float
     patterns: Mapping[str, float]
     by_root: bool
     source: str
 
-    def scale(self, path: str, rank: int) -> float:
+    def scale(self, path: str, rank: float) -> float:
         """The factor of a module's matrices (PEFT, ``LoraLayer.update_layer``)."""
         alpha = next((alpha for key, alpha in self.patterns.items() if re.match(rf"(.*\.)?({key})$", path)), self.alpha)
         return alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
-def read_strength(path: Path, metadata: Mapping[str, str] | None) -> Strength | None:
-    """From ``adapter_config.json`` beside the file (PEFT), or from its header (diffusers); None where neither has it."""
-    beside = path.with_name("adapter_config.json")
-    source = beside.name if beside.is_file() else f"the header of {path.name}"
-    text = beside.read_text("utf-8") if beside.is_file() else (metadata or {}).get("lora_adapter_metadata", "{}")
+def read_strength(path: Path, metadata: Mapping[str, str] | None, by_peft: bool) -> Strength | None:
+    """From the file's header (diffusers), or ``adapter_config.json`` beside what PEFT saved; None where neither has it.
+
+    ``ValueError`` for what cannot be read, and for PEFT's other ways to train, whose files act in PEFT alone.
+    """
+    beside, source = path.with_name("adapter_config.json"), f"the header of {path.name}"
+    text = (metadata or {}).get("lora_adapter_metadata")
+    if text is None and by_peft and beside.is_file():
+        text, source = beside.read_text("utf-8"), beside.name
     try:
-        # diffusers writes the part of its pipeline before each name.
-        config = {name.rsplit(".", maxsplit=1)[-1]: value for name, value in json.loads(text).items()}
-    except (ValueError, AttributeError) as error:
+        # diffusers writes the part of its pipeline before each name; the first is the network.
+        stated = reversed((json.loads(text or "{}") or {}).items())
+        config = {name.rsplit(".", maxsplit=1)[-1]: value for name, value in stated}
+        alpha = config.get("lora_alpha", config.get("alpha"))  # the latter of PEFT's LoHa and LoKr
+        patterns = {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+        found = Strength(
+            float(0 if alpha is None else alpha), float(config.get("r", 1)), patterns, bool(config.get("use_rslora")), source
+        )
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{source} ({len(text)} characters) is no JSON object: {error}.\n"
+            f"{source} ({len(text or '')} characters) does not say how strong the LoRA is: {error}.\n"
             "Copy it again from where the LoRA was trained, or take it away: alpha then counts as the rank."
         ) from error
-    if config.get("lora_alpha") is None:
-        return None
-    return Strength(config["lora_alpha"], config.get("alpha_pattern") or {}, bool(config.get("use_rslora")), source)
+    _check_kind(config.get("peft_type", KINDS[0]), str(config.get("init_lora_weights")), source)
+    return None if alpha is None else found
+
+
+def _check_kind(kind: str, beginning: str, source: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(
+            f"{source} says that this is {kind}; of PEFT's kinds ComfyUI can apply {len(KINDS)}: {', '.join(KINDS)}.\n"
+            "Train one of these, or merge it into the checkpoint where it was trained."
+        )
+    if beginning.startswith(OTHER_BASES):
+        raise ValueError(
+            f"{source} says that training began with {beginning}, which changes the model too.\n"
+            "Save it with PEFT's path_initial_model_for_weight_conversion: that makes it a LoRA of the model as it was."
+        )
+
+
+def sides(lora: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors for MODEL and those for CLIP, or all for both where a file has but one kind."""
+    of_clip = {name: tensor for name, tensor in lora.items() if OF_CLIP.match(name)}
+    of_model = {name: tensor for name, tensor in lora.items() if name not in of_clip}
+    return [of_model, of_clip] if of_model and of_clip else [lora]
 
 
 def translate(
@@ -112,7 +146,7 @@ def translate(
             modules[path][what] = Part(name, tensor)
     result = {}
     for path, parts in modules.items():
-        fitting = _from_peft(_fitting(parts, path, shapes), path, strength, weight)
+        fitting = _in_our_words(_fitting(parts, path, shapes), path, strength, weight)
         result.update({f"{ROOT}{path}.{what}": part for what, part in fitting.items()})
     return result
 
@@ -142,12 +176,16 @@ def _fitting(parts: dict[str, Part], path: str, shapes: Mapping[str, tuple[int, 
         EMBEDDING.get(what, what): Part(name, tensor.T.contiguous() if what in EMBEDDING else tensor)
         for what, (name, tensor) in parts.items()
     }
+    shape = shapes[f"{path}.weight"]
     pair = next((pair for pair in PAIRS if all(what in parts for what in pair)), ())
-    fits = bool(pair) and _fits(*(parts[what].tensor for what in pair), shapes[f"{path}.weight"])
+    fits = bool(pair) and _fits(*(parts[what].tensor for what in pair), shape)
     unfit = {what for what in chain(*PAIRS) if not (fits and what in pair)}
     unfit |= {what for what, of in WHOLE.items() if what in parts and parts[what].tensor.shape != shapes.get(f"{path}.{of}")}
     if fits:  # PEFT may keep the weight itself beside its change, and ComfyUI would take that alone
-        unfit.add("set_weight")
+        unfit.add("saved.weight")
+    for kind, combined in LYCORIS.items():
+        if combined(_factor(parts, f"{kind}_w1"), _factor(parts, f"{kind}_w2")) != (shape[0], math.prod(shape[1:])):
+            unfit |= {what for what in parts if what.startswith(kind)}
     kept = {what: part for what, part in parts.items() if what not in unfit}
     return kept if any(what not in SETTINGS for what in kept) else {}
 
@@ -157,26 +195,61 @@ def _fits(first: Tensor, second: Tensor, shape: tuple[int, ...]) -> bool:
     return 0 < inner[0] == outer[1] and (outer[0], inner[1]) == (shape[0], math.prod(shape[1:]))
 
 
-def _from_peft(
+def _factor(parts: dict[str, Part], name: str) -> tuple[int, int]:
+    """The shape of a factor, which may be a product of two; (0, 0) where it is not there."""
+    names = (name, name) if name in parts else (f"{name}_a", f"{name}_b")
+    first, second = (parts[what].tensor.flatten(1).shape if what in parts else (0, 0) for what in names)
+    return first[0], second[1]
+
+
+# LyCORIS' factors of a change: multiplied element by element (LoHa), or each with each (LoKr).
+LYCORIS = {
+    "hada": lambda first, second: first if first == second else None,
+    "lokr": lambda first, second: (first[0] * second[0], first[1] * second[1]),
+}
+
+
+def _in_our_words(
     parts: dict[str, Part], path: str, strength: Strength | None, weight: Callable[[str], Tensor]
 ) -> dict[str, Part]:
-    """Strength, bias and magnitude of PEFT's pair in ComfyUI's words."""
+    """What PEFT means by its parts, in ComfyUI's."""
+    parts = _with_alpha(dict(parts), path, strength)
+    for saved, change in (("weight", "diff"), ("bias", "diff_b")):
+        if f"saved.{saved}" in parts:  # a change has a strength, and comes on top of other LoRAs
+            name, tensor = parts.pop(f"saved.{saved}")
+            parts[change] = Part(name, tensor.float() - weight(f"{path}.{saved}").to(tensor.device))
     if "lora_A.weight" not in parts:
         return parts
-    parts = dict(parts)
-    (_, first), (origin, second) = (parts[what] for what in PAIRS[0])
-    rank = first.shape[0]
-    if "alpha" not in parts and strength is not None:
-        parts["alpha"] = Part(origin, torch.tensor(strength.scale(path, rank) * rank))
-    scale = parts["alpha"].tensor.item() / rank if "alpha" in parts else 1.0
+    first, second = (parts[what].tensor.float() for what in PAIRS[0])
+    scale = parts["alpha"].tensor.item() / len(first) if "alpha" in parts else 1.0
     if "lora_B.bias" in parts:
         name, bias = parts.pop("lora_B.bias")
         parts["diff_b"] = Part(name, bias * scale)
     if "lora_magnitude_vector" in parts:
-        # PEFT divides by the norms of the changed rows, ComfyUI by those of the rows as they were.
         name, magnitude = parts.pop("lora_magnitude_vector")
-        before = weight(f"{path}.weight")
-        after = before + scale * (second.float() @ first.float())
-        factors = magnitude.float().flatten() * before.norm(dim=1) / after.norm(dim=1)
-        parts["dora_scale"] = Part(name, factors[:, None])
+        parts["dora_scale"] = Part(name, _dora_scale(magnitude.float(), scale * second @ first, weight(f"{path}.weight")))
     return parts
+
+
+def _with_alpha(parts: dict[str, Part], path: str, strength: Strength | None) -> dict[str, Part]:
+    """With an alpha, from which ComfyUI makes PEFT's factor."""
+    if strength is None or "alpha" in parts:
+        return parts
+    ranked = next((what for what in ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if what in parts), None)
+    if ranked is not None:
+        name, tensor = parts[ranked]
+        scale = strength.scale(path, strength.rank if ranked.startswith("lokr") else len(tensor))
+        parts["alpha"] = Part(name, torch.tensor(scale * len(tensor)))
+    elif "lokr_w1" in parts:  # ComfyUI scales what has a rank alone
+        name, tensor = parts["lokr_w1"]
+        parts["lokr_w1"] = Part(name, tensor * strength.scale(path, strength.rank))
+    return parts
+
+
+def _dora_scale(magnitude: Tensor, change: Tensor, before: Tensor) -> Tensor:
+    """PEFT's magnitudes as ComfyUI reads them."""
+    if len(magnitude.flatten()) != len(before):  # of an embedding's columns: both divide by the changed ones
+        return magnitude.view(1, -1)
+    # Of rows PEFT divides by the changed ones' norms, ComfyUI by those of the rows as they were.
+    before = before.to(change.device)
+    return (magnitude.flatten() * before.norm(dim=1) / (before + change).norm(dim=1))[:, None]

@@ -66,7 +66,7 @@ class LanceDiffusion(Lance):
 
     def embed_text(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         table = self.language_model.model.embed_tokens
-        patched = table.weight_function or getattr(table, "weight_lowvram_function", None) is not None
+        patched = table.weight_function or getattr(table, "weight_lowvram_function", None) or "forward" in vars(table)
         if table.weight.is_cpu and not patched and not isinstance(table.weight, QuantizedTensor):
             # ComfyUI's embedding would bring the whole table (0.6 GB) to the device, and keep it there.
             return torch.nn.functional.embedding(ids, table.weight).to(device, dtype)

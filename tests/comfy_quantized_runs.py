@@ -126,6 +126,12 @@ def everywhere(nodes: Any) -> dict:
     place = Path(sys.argv[3], "loras", "everywhere.safetensors")
     place.parent.mkdir(exist_ok=True)
     save_file(found, place)
+    # PEFT's DoRA has to know the weights.
+    dora = {n.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): tensor for n, tensor in found.items()}
+    for name in list(dora):
+        if name.endswith("lora_B.weight"):
+            dora[name.replace("lora_B.weight", "lora_magnitude_vector")] = torch.full((len(dora[name]),), 2.0)
+    save_file(dora, place.with_name("dora.safetensors"))
     folder_paths.add_model_folder_path("loras", str(place.parent))
     load = importlib.import_module(f"{runs.PACK}.nodes.lora").LanceNativeLoraLoader.execute
     (model, _, said), (exact, _, plain) = (load(g.model, g.clip, place.name, 1.0, 1.0).result for g in (graph, full))
@@ -133,6 +139,9 @@ def everywhere(nodes: Any) -> dict:
     expected, bare = full.draw(model=exact), full.draw()
     report = {"acts": relative(expected, bare), "patched": relative(graph.draw(model=model), expected)}
     report["beside"] = relative(graph.draw(model=beside), expected)
+    (dora, _, _), (exact, _, _) = (load(g.model, g.clip, "dora.safetensors", 1.0, 1.0).result for g in (graph, full))
+    scales = [{key: patch[1].weights[4] for key, (patch,) in model.patches.items()} for model in (dora, exact)]
+    report["DoRA"] = max(float((scales[0][key] - scales[1][key]).abs().max()) for key in scales[1])
     return {**report, "said": said, "plain": plain, "count": len(found)}
 
 

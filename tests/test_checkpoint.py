@@ -316,11 +316,14 @@ def test_weights_and_their_average_in_one_file_are_refused(tree):
     assert "Keep one set" in message
 
 
-@pytest.mark.parametrize("key", [None, "state_dict", "model", "ema"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "ema", "module.state_dict"])
 @pytest.mark.parametrize("suffix", [".pth", ".PT", ".bin", ".ckpt"])
 def test_pickles_under_every_name_are_read(tmp_path, suffix, key):
     expected = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.bfloat16)}
-    torch.save(expected if key is None else {"step": 7, key: expected}, tmp_path / f"old{suffix}")
+    stored: dict = expected
+    for name in reversed([] if key is None else key.split(".")):
+        stored = {"step": 7, name: stored}
+    torch.save(stored, tmp_path / f"old{suffix}")
     found = TensorFile(tmp_path / f"old{suffix}")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert set(found) == set(expected)
@@ -453,6 +456,8 @@ def comfyui(tmp_path):
 def test_what_comfyuis_page_downloads_is_a_model(comfyui, drawn, of):
     (comfyui / "diffusion_models" / "A_damaged.safetensors").write_bytes(b"x" * 40)
     (comfyui / "text_encoders" / "a_damaged.safetensors").write_bytes(b"x" * 40)
+    (comfyui / "text_encoders" / "a_link.safetensors").symlink_to(comfyui / "nowhere.safetensors")
+    (comfyui / "text_encoders" / "b_folder.safetensors").mkdir()
     assert draws(comfyui / of, drawn)
     sources = find_sources(comfyui / of, "image")
     assert sources.vit.path == comfyui / "text_encoders" / "qwen2.5_vl_vit.safetensors"
@@ -579,6 +584,9 @@ def test_a_part_of_a_model_is_named(tmp_path):
     path = tmp_path / "model-00002-of-00004.safetensors"
     save_file(OTHERS["plain language model"], path)
     assert "is part 2 of 4 of a model" in refusal(load, path)
+    path = path.with_name("model-00001-of-00001.safetensors")
+    save_file(OTHERS["vision tower"], path)
+    assert identify(TensorFile(path)) == "a vision tower alone"
 
 
 @pytest.mark.parametrize("what", ["AWQ-INT4", "NVFP4", "MLX"])

@@ -11,7 +11,7 @@ from comfy_results import TOLERANCE, comfy_noise, difference, saved_latents
 from comfy_server import ComfyServer
 from goldens import CHECKPOINT
 from graphs import node
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sampler_graphs import CFG, PROMPT, SEED, STEPS, base, fresh, ksampler
@@ -49,21 +49,43 @@ OURS = {
     "saved_of_clip": lambda path: ("text_encoders.diffusion_model." + path, DOWN_UP),
 }
 PROJECTIONS = ["q_proj", "v_proj_moe_gen", "down_proj", "mlp_moe_gen.up_proj"]
-# LoRAs that PEFT itself makes: their settings, and what of PEFT's has to be used.
+# What PEFT itself makes: its settings, and what of PEFT's has to be used.
+ATTENTION = ["q_proj", "v_proj_moe_gen"]
 BY_PEFT = {
-    "alpha": {"r": 4, "lora_alpha": 16, "target_modules": PROJECTIONS},
-    "patterns": {
-        "r": 4,
-        "lora_alpha": 3,
-        "use_rslora": True,
-        "target_modules": PROJECTIONS,
-        "rank_pattern": {"down_proj": 2},
-        "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 12},
-    },
-    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": PROJECTIONS},
-    "bias": {"r": 4, "lora_alpha": 8, "lora_bias": True, "target_modules": ["q_proj", "k_proj_moe_gen"]},
-    "embedding": {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "q_proj"]},
-    "saved_modules": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "modules_to_save": ["norm_moe_gen", "llm2vae"]},
+    "alpha": LoraConfig(r=4, lora_alpha=16, target_modules=PROJECTIONS),
+    "patterns": LoraConfig(
+        r=4,
+        lora_alpha=3,
+        use_rslora=True,
+        target_modules=PROJECTIONS,
+        rank_pattern={"down_proj": 2},
+        alpha_pattern={r"layers\.1\.self_attn\.q_proj": 12},
+    ),
+    "dora": LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=PROJECTIONS),
+    "dora_embedding": LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["embed_tokens", "q_proj"]),
+    "bias": LoraConfig(r=4, lora_alpha=8, lora_bias=True, target_modules=["q_proj", "k_proj_moe_gen"]),
+    "all_biases": LoraConfig(r=4, lora_alpha=8, bias="all", target_modules=["q_proj", "k_proj_moe_gen"]),
+    "embedding": LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"]),
+    "saved_modules": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["norm_moe_gen", "llm2vae"]),
+    "loha": LoHaConfig(r=4, alpha=2, target_modules=ATTENTION),
+    "lokr": LoKrConfig(r=4, alpha=2, target_modules=ATTENTION),
+    "lokr_whole": LoKrConfig(r=64, alpha=32, target_modules=ATTENTION),
+}
+
+
+# diffusers' settings in a header, and what the report says of them; None: refused.
+SETTINGS = {
+    "nothing": ("null", ""),
+    "empty": ("{}", ""),
+    "text": (
+        '{"transformer.lora_alpha": "16", "text_encoder.lora_alpha": 99}',
+        "Alpha is 16, says the header of settings_text.safetensors.",
+    ),
+    "no_json": ("alpha: 16", None),
+    "no_number": ('{"lora_alpha": {}}', None),
+    "list": ("[1]", None),
+    "ia3": ('{"peft_type": "IA3"}', "says that this is IA3; of PEFT's kinds ComfyUI can apply 3: LORA, LOHA, LOKR."),
+    "pissa": ('{"lora_alpha": 8, "init_lora_weights": "pissa"}', "says that training began with pissa"),
 }
 
 
@@ -95,18 +117,22 @@ def runtime_latents(pipe):
 
 @pytest.fixture(scope="module")
 def by_peft(tmp_path_factory):
-    """Folders of adapters that PEFT saved, and the runtime's latents after PEFT's own merging."""
+    """Folders of adapters that PEFT saved, and the runtime's latents after PEFT's own merging: whole, and half the way."""
     home, latents = tmp_path_factory.mktemp("peft"), {}
-    for name, settings in BY_PEFT.items():
+    for name, config in BY_PEFT.items():
         pipe = LancePipeline.from_pretrained(CHECKPOINT, "image", device="cpu", dtype=torch.float32)
-        adapted = get_peft_model(pipe.components.model, LoraConfig(**settings))
+        model = pipe.components.model
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        adapted = get_peft_model(model, config)
         generator = torch.Generator().manual_seed(5)
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
         adapted.save_pretrained(home / name)
         adapted.merge_and_unload()
-        latents[name] = runtime_latents(pipe)
+        whole = runtime_latents(pipe)
+        model.load_state_dict({key: (tensor + before[key]) / 2 for key, tensor in model.state_dict().items()})
+        latents[name] = {1.0: whole, 0.5: runtime_latents(pipe)}
     return home, latents
 
 
@@ -118,14 +144,27 @@ def server(comfy_models, by_peft, tmp_path_factory):
     settings = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 16})
     matrices_by_peft = load_file(by_peft[0] / "alpha" / "adapter_model.safetensors")
     save_file(matrices_by_peft, folder / "header.safetensors", {"lora_adapter_metadata": settings})
+    for name, (text, _) in SETTINGS.items():
+        save_file(tensors("und", "bare"), folder / f"settings_{name}.safetensors", {"lora_adapter_metadata": text})
+    # Another trainer's file, beside the configuration of one that PEFT saved; its matrices count as they are.
+    others = {name.replace("base_model.model.", "diffusion_model."): tensor for name, tensor in matrices_by_peft.items()}
+    save_file(others, by_peft[0] / "alpha" / "others.safetensors")
     files = {f"{expert}_{naming}": tensors(expert, naming) for expert in EXPERTS for naming in OURS}
     files["of_7b"] = {PEFT + f"model.layers.1.self_attn.q_proj.lora_{x}.weight": torch.ones(2, 3584) for x in "AB"}
     files["of_7b"][PEFT + "model.layers.1.self_attn.q_proj.lora_B.weight"] = torch.ones(3584, 2)
     files["half"] = {name: tensor for name, tensor in files["und_peft"].items() if "v_proj.lora_B" not in name}
+    for kind in ("hada", "lokr"):
+        factors = {f"{kind}_w{x}": torch.ones(64, 64) for x in ("1_a", "1_b", "2_a", "2_b")}
+        files[f"{kind}_of_7b"] = {f"lycoris_{LAYER.replace('.', '_')}self_attn_q_proj.{x}": y for x, y in factors.items()}
+    files["halves"] = {
+        **{f"diffusion_model.{name}": tensor for name, tensor in tensors("gen", "bare").items()},
+        **{f"text_encoders.diffusion_model.{name}": tensor for name, tensor in tensors("und", "bare").items()},
+    }
     strange = {"text_model.encoder.layers.0.lora_A.weight": torch.ones(2, 2)}
     # Z-Image's, which begins as a path of Lance's does.
     image = {"diffusion_model.layers.1.attention.to_q.lora_A.weight": torch.ones(2, 2)}
     files |= {"some_strange": files["und_peft"] | strange, "all_strange": strange, "z_image": image}
+    (folder / "cut_off.safetensors").write_bytes(b"x" * 5)
     for name, content in files.items():
         save_file(content, folder / f"{name}.safetensors")
     placed = {f"loras/{path.name}": path for path in (*folder.iterdir(), *by_peft[0].iterdir())}
@@ -196,22 +235,56 @@ def test_our_loader_places_every_name(server, merged, naming, expert):
     assert ("No adapter_config.json" in report) == (OURS[naming]("x")[0].startswith(PEFT))
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("name", BY_PEFT)
-def test_what_peft_saved_acts_as_in_peft(server, plain, by_peft, name):
+def test_what_peft_saved_acts_as_in_peft(server, plain, by_peft, name, strength):
     home, merged = by_peft
     with safe_open(home / name / "adapter_model.safetensors", "pt") as file:
         count = len(list(file.keys()))
-    latents, _, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", f"{name}/adapter_model"))
-    assert difference(latents, merged[name]) < TOLERANCE
-    assert difference(latents, plain[0]) > ACTS
-    (report,) = result.outputs["report"]["text"]
-    alpha = BY_PEFT[name]["lora_alpha"]
-    assert report == f"{count} of {count} tensors placed. Alpha is {alpha}, says adapter_config.json."
+    loader = lora_node("LanceNativeLoraLoader", f"{name}/adapter_model", strength, strength)
+    latents, answer, result = drawn_and_said(server, loader)
+    if strength:
+        assert difference(latents, merged[name][strength]) < TOLERANCE
+        assert difference(latents, plain[0]) > ACTS
+    else:
+        assert torch.equal(latents, plain[0])
+        assert answer == plain[1]
+    alpha = getattr(BY_PEFT[name], "lora_alpha", None) or BY_PEFT[name].alpha
+    expected = f"{count} of {count} tensors placed. Alpha is {alpha}, says adapter_config.json."
+    assert result.outputs["report"]["text"] == [expected]
+
+
+def test_a_configuration_is_of_what_peft_saved_alone(server, by_peft):
+    latents, _, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", "alpha/others", 4.0, 4.0))
+    assert difference(latents, by_peft[1]["alpha"][1.0]) < TOLERANCE  # alpha / rank is 4 there
+    assert result.outputs["report"]["text"] == ["30 of 30 tensors placed."]
+
+
+def test_each_half_of_a_file_goes_to_its_side(server, plain, merged):
+    latents, answer, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", "halves"))
+    assert difference(latents, merged["gen"]) < TOLERANCE
+    assert answer == drawn_and_said(server, lora_node("LanceNativeLoraLoader", "und_bare", 0.0, 1.0))[1] != plain[1]
+    assert result.outputs["report"]["text"] == ["12 of 12 tensors placed."]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_cannot_be_read_are_named(server, name):
+    graph = {**base(), "lora": lora_node("LanceNativeLoraLoader", f"settings_{name}")}
+    graph["lora"]["inputs"].update(model=["load", 0], clip=["load", 1])
+    graph["report"] = node("PreviewAny", source=["lora", 2])
+    result = server.run(graph, check=False)
+    text, said = SETTINGS[name]
+    if result.error is None:
+        assert result.outputs["report"]["text"] == [f"6 of 6 tensors placed. {said}".strip()]
+    else:
+        said = said or f"({len(text)} characters) does not say how strong"
+        assert result.error["exception_message"].startswith(f"the header of settings_{name}.safetensors {said}")
+        assert name in ("no_json", "no_number", "list", "ia3", "pissa")
 
 
 def test_alpha_in_the_header(server, by_peft):
     latents, _, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", "header"))
-    assert difference(latents, by_peft[1]["alpha"]) < TOLERANCE
+    assert difference(latents, by_peft[1]["alpha"][1.0]) < TOLERANCE
     assert result.outputs["report"]["text"] == ["30 of 30 tensors placed. Alpha is 16, says the header of header.safetensors."]
 
 
@@ -232,15 +305,23 @@ def test_our_loader_says_what_it_could_not_place(server, merged):
     assert report in server.log()
 
 
-@pytest.mark.parametrize("name", ["all_strange", "z_image", "of_7b"])
+@pytest.mark.parametrize("name", ["all_strange", "z_image", "of_7b", "hada_of_7b", "lokr_of_7b"])
 def test_a_lora_of_another_model_is_refused(server, plain, name):
     graph = {**base(), "lora": lora_node("LanceNativeLoraLoader", name)}
     graph["lora"]["inputs"].update(model=["load", 0], clip=["load", 1])
     graph["report"] = node("PreviewAny", source=["lora", 2])
     error = server.run(graph, check=False).error
-    count = 2 if name == "of_7b" else 1
+    count = {"of_7b": 2, "hada_of_7b": 4, "lokr_of_7b": 4}.get(name, 1)
     assert error["exception_message"].startswith(f"None of the {count} tensors of {name}.safetensors fits Lance")
     assert torch.equal(drawn_and_said(server)[0], plain[0])
+
+
+def test_a_file_that_was_cut_off_is_named(server):
+    graph = {**base(), "lora": lora_node("LanceNativeLoraLoader", "cut_off")}
+    graph["lora"]["inputs"].update(model=["load", 0], clip=["load", 1])
+    graph["report"] = node("PreviewAny", source=["lora", 2])
+    message = server.run(graph, check=False).error["exception_message"]
+    assert message.startswith("cut_off.safetensors (5 bytes) cannot be read: ")
 
 
 @pytest.mark.parametrize("class_type", ["LoraLoader", "LanceNativeLoraLoader"])

@@ -171,5 +171,6 @@ def test_a_lora_on_every_weight_is_exact_beside_them(trees, kind):
     assert found["acts"] > 0.09
     assert found["patched"] < PATCHED_EVERYWHERE[kind]
     assert found["beside"] < EXACT[kind]
+    assert found["DoRA"] < (2e-4 if kind == "int8" else 1e-5)  # what it is compared with was rounded to bfloat16
     assert found["plain"] == f"{found['count']} of {found['count']} tensors placed."
     assert ("Load LoRA (Bypass)" in found["said"]) == (kind == "nvfp4")

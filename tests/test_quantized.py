@@ -325,6 +325,22 @@ def test_files_that_comfyui_saved_are_read(trees, tmp_path, prefix, header):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("layer", ["lm_head", "vae2llm", "llm2vae"])
+def test_a_header_may_name_any_layer(trees, tmp_path, layer):
+    stored = load_file(MODEL)
+    name = next(name for name in stored if name.endswith(f"{layer}.weight")).removesuffix(".weight")
+    parts = FORMATS["fp8"].encode(stored.pop(f"{name}.weight").float())
+    stored |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    said = {"layers": {f"model.diffusion_model.{name}": {"format": "float8_e4m3fn"}}}
+    path = tmp_path / "model.safetensors"
+    named = {f"model.diffusion_model.{name}": tensor for name, tensor in stored.items()}
+    save_file(named, path, metadata={"_quantization_metadata": json.dumps(said)})
+    assert torch.equal(plain_tensors(TensorFile(path))[f"{name}.weight"], FORMATS["fp8"].decode(parts))
+    del named[f"model.diffusion_model.{name}.weight"]
+    save_file(named, path, metadata={"_quantization_metadata": json.dumps(said)})
+    assert f"says how {name} is quantised, but holds 0 of its weights" in refusal(plain_tensors, TensorFile(path))
+
+
 def test_the_first_kind_of_scaled_fp8_is_read(trees, tmp_path):
     stored = load_file(trees["fp8"] / "Lance_3B" / "model.safetensors")
     old = {n.replace("weight_scale", "scale_weight"): t for n, t in stored.items() if not n.endswith(".comfy_quant")}
