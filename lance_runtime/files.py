@@ -27,6 +27,8 @@ VIT_CHOICES = ("auto", "checkpoint", "standalone")
 MODEL_HOME, VIT_HOME, VAE_HOME = "diffusion_models", "text_encoders", "vae"
 # Where ComfyUI keeps its own copy of Qwen2.5's tokenizer, beside models/: what it downloads itself comes without one.
 COMFYUI_TOKENIZER = Path("comfy", "text_encoders", "qwen25_tokenizer")
+# Colours of a host's previews, of models whose VAE is their own: {"factors": (channels, 3), "bias": (3)}.
+LATENT_RGB = "latent_rgb_json"
 # What a single file carries in its header, and where it lies on the hub.
 HEADER_FILES = {
     "llm_config_json": "llm_config.json",
@@ -34,6 +36,7 @@ HEADER_FILES = {
     "tokenizer_config_json": "tokenizer_config.json",
     "vocab_json": "vocab.json",
     "merges_txt": "merges.txt",
+    LATENT_RGB: "latent_rgb.json",
 }
 
 

@@ -1,5 +1,6 @@
 """Lance as ComfyUI's MODEL: one root module with both experts, and a prefix that lives for one sampling run."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -312,9 +313,15 @@ class LanceModelConfig(comfy.supported_models_base.BASE):
     vae_key_prefix = ["vae."]  # noqa: RUF012
     text_encoder_key_prefix = ["text_encoders."]  # noqa: RUF012
 
-    def __init__(self, lance_config: LanceConfig, tokenizer: LanceTokenizer, variant: str | None) -> None:
+    def __init__(
+        self, lance_config: LanceConfig, tokenizer: LanceTokenizer, variant: str | None, latent_rgb: str | None = None
+    ) -> None:
         super().__init__({**self.unet_config, "lance_config": lance_config})
         self.tokenizer, self.variant = tokenizer, variant
+        if latent_rgb is not None:  # previews of a model whose VAE is not Wan's
+            colours = json.loads(latent_rgb)
+            self.latent_format.latent_rgb_factors = colours["factors"]
+            self.latent_format.latent_rgb_factors_bias = colours["bias"]
 
     def inpaint_model(self) -> bool:
         return False

@@ -25,7 +25,7 @@ from ..lance_runtime.checkpoint import (
 )
 from ..lance_runtime.components import build_lance
 from ..lance_runtime.dequantize import plain_tensors
-from ..lance_runtime.files import HEADER_FILES, header_of, read_config
+from ..lance_runtime.files import HEADER_FILES, LATENT_RGB, header_of, read_config
 from ..lance_runtime.quant_formats import FULL_PRECISION
 from ..lance_runtime.tokenizer import LanceTokenizer
 from .model import LanceModelConfig
@@ -96,7 +96,8 @@ def load_model(
     found = plain_tensors(file).shapes  # before anything else: it names what is no Lance
     shape = read_config(file)
     check_names({name: tuple(value.shape) for name, value in build_lance(shape).named_parameters()}, found)
-    config = LanceModelConfig(shape, tokenizer, guess_variant(file))
+    header = {key: text for key, text in header_of(file).items() if key in HEADER_FILES}
+    config = LanceModelConfig(shape, tokenizer, guess_variant(file), header.get(LATENT_RGB))
     state = _state(file)
     load_device = comfy.model_management.get_torch_device()
     _set_dtypes(config, state, load_device, WEIGHT_TYPES[weight_type])
@@ -104,7 +105,7 @@ def load_model(
     dynamic = not disable_dynamic and comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher
     patcher_class = DynamicPatcher if dynamic else SharedPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
-    model.header = {key: text for key, text in header_of(file).items() if key in HEADER_FILES}
+    model.header = header
     model.own_tower = vit_tensors(file) if has_own_vit(file) else {}
     if not comfy.model_management.is_device_cpu(patcher.offload_device):  # --highvram: no copy in main memory
         model.to(patcher.offload_device)
