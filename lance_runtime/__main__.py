@@ -163,7 +163,8 @@ def run(options: argparse.Namespace) -> str:
         variant,
         device=options.device,
         dtype=dtype,
-        vit=options.vit,
+        # A picture of words alone needs none: 1.3 GB that need not be loaded, nor be there.
+        vit="none" if options.vit == "auto" and options.task in ("t2i", "t2v") else options.vit,
         offload=options.offload,
         tiled_vae=options.tiled_vae,
         compile=options.compile,

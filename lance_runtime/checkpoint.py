@@ -30,6 +30,7 @@ BITSANDBYTES = (".SCB", ".absmax", ".quant_map")
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 # Under what training scripts keep the weights beside their own state.
 WEIGHTS_IN_PICKLES = ("state_dict", "model_state_dict", "model", "module", "ema")
+FOREIGN_OBJECT = re.compile(r"Unsupported (?:global: GLOBAL|class|operand)\s+([\w.]+)")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 # What torch puts around a module that is compiled, sharded, checkpointed, or on several cards.
 WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
@@ -95,8 +96,14 @@ class TensorFile(Tensors):
             # Only zip archives, which torch has written since 1.6, can be mapped.
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_zipfile(self.path))
         except Exception as error:
+            size = self.path.stat().st_size
+            if found := FOREIGN_OBJECT.search(str(error)):
+                raise ValueError(
+                    f"{self.path.name} ({size} bytes) holds objects of Python beside tensors ({found[1]}), which are never loaded.\n"
+                    "Save the weights alone: torch.save(model.state_dict(), ...)."
+                ) from error
             raise ValueError(
-                f"{self.path.name} ({self.path.stat().st_size} bytes) is no complete pickle of tensors: {_first_line(error)}\n"
+                f"{self.path.name} ({size} bytes) is no complete pickle of tensors: {_first_line(error)}\n"
                 f"Download it again from {HUB}; pickles with code in them are never loaded."
             ) from error
         while isinstance(state, dict) and (inner := [key for key in WEIGHTS_IN_PICKLES if isinstance(state.get(key), dict)]):

@@ -114,7 +114,7 @@ def run_quantize(arguments: Sequence[str]) -> str:
     if options.report is not None:
         values = {"weights": written.errors, **({} if result is None else asdict(result))}
         options.report.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-    return "\n".join([*table(written, result), str(options.output)])
+    return "\n".join([*_without_tokenizer(options.output), *table(written, result), str(options.output)])
 
 
 def run_convert(arguments: Sequence[str]) -> str:
@@ -124,9 +124,13 @@ def run_convert(arguments: Sequence[str]) -> str:
     with Progress("writing", "B") as bar:
         count = convert(file, options.output, bar, options.files)
     lines = [f"{count} quantised weights are bfloat16 now.", str(options.output)]
-    if "tokenizer_json" not in TensorFile(options.output).metadata:
-        lines[:0] = ["No tokenizer was found: name the folder of the original with --files, or put its files beside the copy."]
-    return "\n".join(lines)
+    return "\n".join([*_without_tokenizer(options.output, " name the folder of the original with --files, or"), *lines])
+
+
+def _without_tokenizer(path: Path, advice: str = "") -> list[str]:
+    """A line about a file that cannot stand alone."""
+    alone = {"tokenizer_json", "vocab_json"} & set(TensorFile(path).metadata)
+    return [] if alone else [f"No tokenizer was found:{advice} put its files beside the copy."]
 
 
 def _check_can_be_measured(options: argparse.Namespace) -> None:

@@ -24,10 +24,10 @@ class Components:
     """The parts of a model, on one device and in one dtype."""
 
     model: Lance
-    vision: nn.Module
+    vision: nn.Module | None
     vae: WanVAE
     tokenizer: LanceTokenizer
-    vision_config: VisionConfig
+    vision_config: VisionConfig | None
     device: torch.device
     dtype: torch.dtype
 
@@ -37,7 +37,7 @@ class Components:
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [self.vision, self.model, self.vae.module]
+        return [part for part in (self.vision, self.model, self.vae.module) if part is not None]
 
 
 def build_lance(config: LanceConfig) -> Lance:
@@ -51,9 +51,11 @@ def load_components(sources: Sources, dtype: torch.dtype, device: torch.device, 
     """Build and load all parts. weights_on: where the weights are put first (the CPU where they are offloaded)."""
     model = build_lance(sources.config)
     assign(model, plain_tensors(sources.model), dtype, weights_on, in_main_memory=EMBED_KEY)  # its rows are looked up there
-    vision = build_vision(sources.vision)
-    assign(vision, vit_tensors(sources.vit or sources.model), dtype, weights_on)
-    restore_buffers(vision, weights_on)
+    vision = None
+    if sources.vision is not None:
+        vision = build_vision(sources.vision)
+        assign(vision, vit_tensors(sources.vit or sources.model), dtype, weights_on)
+        restore_buffers(vision, weights_on)
     vae = WanVAE.from_tensors(TensorFile(sources.vae), dtype=dtype, device=weights_on)
     vae.device = device  # where it computes; an offloading hook brings its weights there
     return Components(model, vision, vae, sources.tokenizer, sources.vision, device, dtype)

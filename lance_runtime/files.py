@@ -22,7 +22,7 @@ VIT_FOLDER, VIT_NAME = "Qwen2.5-VL-ViT", "vit.safetensors"
 VAE_NAMES = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "wan2.2_vae.safetensors")
 # A small Lance that comes with the code: it knows plain shapes and colours (tests/nano).
 NANO = Path(__file__).with_name("nano")
-VIT_CHOICES = ("auto", "checkpoint", "standalone")
+VIT_CHOICES = ("auto", "checkpoint", "standalone", "none")
 # ComfyUI's own folders under models/: the hub's tree lies in them part by part.
 MODEL_HOME, VIT_HOME, VAE_HOME = "diffusion_models", "text_encoders", "vae"
 # Where ComfyUI keeps its own copy of Qwen2.5's tokenizer, beside models/: what it downloads itself comes without one.
@@ -42,13 +42,16 @@ HEADER_FILES = {
 
 @dataclass(frozen=True)
 class Sources:
-    """The opened files of one model; ``vit`` is None where the checkpoint's own vision tower is to be used."""
+    """The opened files of one model.
+
+    ``vit`` is None where the checkpoint's own vision tower is to be used, and ``vision`` where none is.
+    """
 
     model: TensorFile
     vit: TensorFile | None
     vae: Path
     config: LanceConfig
-    vision: VisionConfig
+    vision: VisionConfig | None
     tokenizer: LanceTokenizer
 
 
@@ -56,19 +59,20 @@ def find_sources(path: Path, variant: str, vit: str = "auto") -> Sources:
     """Find and open everything that a variant needs, under a folder or beside a single file.
 
     vit: "auto" takes the checkpoint's own vision tower where it has one, as the reference does; "checkpoint" and
-    "standalone" insist. ``FileNotFoundError`` says which file, where it was looked for and where to get it.
+    "standalone" insist; "none" does without, and nothing can be shown to the model then. ``FileNotFoundError`` says which
+    file, where it was looked for and where to get it.
     """
     _check_choices(path, variant, vit)
     model = TensorFile(find_model(path, variant))
     check_is_lance(model)
-    homes = _homes(path)
-    tower = None if _uses_own_vit(model, vit) else TensorFile(_find_vit(homes))
+    homes = _homes(path, model.path)
+    tower = None if vit == "none" or _uses_own_vit(model, vit) else TensorFile(_find_vit(homes))
     return Sources(
         model=model,
         vit=tower,
         vae=_find_vae(homes),
         config=read_config(model),
-        vision=read_vision_config(tower, _find_vit_config(homes)),
+        vision=None if vit == "none" else read_vision_config(tower, _find_vit_config(homes)),
         tokenizer=read_tokenizer(model),
     )
 
@@ -137,29 +141,39 @@ def _uses_own_vit(model: TensorFile, vit: str) -> bool:
     return own if vit == "auto" else vit == "checkpoint"
 
 
-def _homes(path: Path) -> list[Path]:
-    """The folder of a model; for a file in ComfyUI's folders also that of all models."""
+def _home(path: Path) -> Path:
+    """The folder of a model; the models folder of a ComfyUI."""
     home = path if path.is_dir() else path.absolute().parent
-    return [home, *(folder.parent for folder in (home, home.parent) if folder.name == MODEL_HOME)]
+    return home / "models" if (home / "models" / MODEL_HOME).is_dir() else home
+
+
+def _homes(path: Path, model: Path) -> list[Path]:
+    """Where the other parts of a model may lie: its folder, the tree that its file is of, and ComfyUI's models folder."""
+    home, tree = _home(path), model.absolute().parents[1]
+    return list(dict.fromkeys([home, tree, *(above.parent for above in model.absolute().parents if above.name == MODEL_HOME)]))
 
 
 def find_model(path: Path, variant: str) -> Path:
     """The checkpoint of a variant under a folder, or the single file itself; ``FileNotFoundError`` where there is none."""
     if path.is_file():
         return path
-    folders, hub = (path, path / MODEL_HOME), VARIANT_FOLDERS[variant]
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.\nGive the folder that holds {VARIANT_FOLDERS[variant]}/ ({HUB}).")
+    home, hub = _home(path), VARIANT_FOLDERS[variant]
+    folders = (home, home / MODEL_HOME)
     fixed = [folder / hub / name for folder in folders for name in MODEL_NAMES] + [folders[1] / f"{hub}.safetensors"]
-    others = [path / folder / name for folder in VARIANT_FOLDERS.values() for name in MODEL_NAMES]
+    others = [home / folder / name for folder in VARIANT_FOLDERS.values() for name in MODEL_NAMES]
     shared = [p for p in others if p.is_file() and guess_variant(TensorFile(p)) == ANY_VARIANT]
     found = (file for folder in folders for file in _single_files(folder, "a Lance checkpoint"))
     single = (file.path for file in found if guess_variant(file) in (variant, ANY_VARIANT))
-    return _first([*fixed, *shared], single) or _missing(f"The {variant} checkpoint", fixed[: len(MODEL_NAMES)], path)
+    tried = fixed[: len(MODEL_NAMES)]
+    return _first([*fixed, *shared], single) or _missing(f"The {variant} checkpoint", tried, home, MODEL_HOME)
 
 
 def _find_vit(homes: list[Path]) -> Path:
     name = f"{VIT_FOLDER}/{VIT_NAME}"
     found = _find(homes, VIT_HOME, (name,), "a vision tower alone")
-    return found or _missing("The vision tower", [homes[0] / name], homes[0])
+    return found or _missing("The vision tower", [homes[0] / name], homes[0], VIT_HOME)
 
 
 def _find_vit_config(homes: list[Path]) -> Path:
@@ -169,14 +183,14 @@ def _find_vit_config(homes: list[Path]) -> Path:
 
 def _find_vae(homes: list[Path]) -> Path:
     tried = [homes[0] / name for name in VAE_NAMES]
-    return _find(homes, VAE_HOME, VAE_NAMES, "a Wan 2.2 VAE") or _missing("The Wan 2.2 VAE", tried, homes[0])
+    return _find(homes, VAE_HOME, VAE_NAMES, "a Wan 2.2 VAE") or _missing("The Wan 2.2 VAE", tried, homes[0], VAE_HOME)
 
 
 def _find(homes: list[Path], part: str, names: tuple[str, ...], what: str) -> Path | None:
     """A part of a model beside it, beside its folder, or in ComfyUI's folder of such parts."""
-    folders = [homes[0], homes[0].parent, *(home / part for home in homes)]
-    single = (file.path for folder in (homes[0], *folders[2:]) for file in _single_files(folder, what))
-    return _first([folder / name for folder in folders for name in names], single)
+    parts = [home / part for home in homes]
+    single = (file.path for folder in (homes[0], *parts) for file in _single_files(folder, what))
+    return _first([folder / name for folder in (*homes, homes[0].parent, *parts) for name in names], single)
 
 
 def _first(fixed: list[Path], single: Iterator[Path]) -> Path | None:
@@ -185,8 +199,11 @@ def _first(fixed: list[Path], single: Iterator[Path]) -> Path | None:
 
 
 def _single_files(folder: Path, what: str) -> Iterator[TensorFile]:
-    """The single files of a folder that hold what is looked for."""
-    return (file for file in whole_files(folder.glob("*.safetensors")) if identify(file) == what)
+    """The files of a folder that hold what is looked for; in ComfyUI's folders they may lie deeper, as they do there."""
+    deep = folder.name in (MODEL_HOME, VIT_HOME, VAE_HOME)
+    return (
+        file for file in whole_files(folder.glob("**/*.safetensors" if deep else "*.safetensors")) if identify(file) == what
+    )
 
 
 def whole_files(paths: Iterable[Path]) -> Iterator[TensorFile]:
@@ -198,8 +215,10 @@ def whole_files(paths: Iterable[Path]) -> Iterator[TensorFile]:
             LOGGER.warning("[Lance] %s", str(error).split("\n", maxsplit=1)[0])
 
 
-def _missing(what: str, tried: list[Path], folder: Path) -> NoReturn:
+def _missing(what: str, tried: list[Path], folder: Path, part: str) -> NoReturn:
     names = ", ".join(str(path.relative_to(folder)) for path in tried)
     others = [f"{file.path.name} is {identify(file)}" for file in islice(whole_files(folder.glob("*.safetensors")), 3)]
     there = f" ({'; '.join(others)})" if others else ""
-    raise FileNotFoundError(f"{what} was not found in {folder}: neither {names} nor a single file{there}.\nGet it from {HUB}.")
+    raise FileNotFoundError(
+        f"{what} was not found in {folder}: neither {names} nor a single file{there}, there or in {part}/.\nGet it from {HUB}."
+    )

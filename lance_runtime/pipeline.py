@@ -92,11 +92,11 @@ class LancePipeline:
 
         variant: "image" (t2i, image_edit, subject_image, x2t_image) or "video" (the other tasks). device, dtype: by
         default the accelerator in bfloat16, or the CPU in float32. vit: the vision tower, "checkpoint" (the file's own),
-        "standalone" (the separate one) or "auto" (its own where it has one, as the reference). offload: "none", "model"
-        (one part at a time on the device) or "layer". tiled_vae: pictures pass the VAE in tiles, in less memory.
-        compile: run the layers through ``torch.compile``, in one of its modes ("reduce-overhead") or its default one;
-        the first call of each size takes minutes longer. Raises ``FileNotFoundError`` and ``ValueError`` that name the
-        file.
+        "standalone" (the separate one), "auto" (its own where it has one, as the reference) or "none" (words alone can
+        be read). offload: "none", "model" (one part at a time on the device) or "layer". tiled_vae: pictures pass the VAE
+        in tiles, in less memory. compile: run the layers through ``torch.compile``, in one of its modes
+        ("reduce-overhead") or its default one; the first call of each size takes minutes longer. Raises
+        ``FileNotFoundError`` and ``ValueError`` that name the file.
         """
         check_offload(offload, bool(compile))
         target = checked_device(device)

@@ -32,6 +32,10 @@ def source_segments(parts: Components, frames: np.ndarray, preset: str, role: Mo
 
 def vit_segment(parts: Components, frames: np.ndarray, preset: str) -> Segment:
     """The ViT tokens of one image or clip, uint8 (T, H, W, 3)."""
+    if parts.vision is None or parts.vision_config is None:
+        raise ValueError(
+            f"{len(frames)} pictures are to be seen by a model without its vision tower (vit='none').\nLoad it with vit='auto'."
+        )
     patches, (t, h, w) = vit_patches(frames, preset, parts.vision_config)
     merge = parts.vision_config.spatial_merge_size
     bring(parts.vision)

@@ -1,5 +1,6 @@
 """Files: the real model's shape, loading without waste, every layout that people have, and what is refused."""
 
+import argparse
 import gc
 import json
 import re
@@ -465,8 +466,37 @@ def test_what_comfyuis_page_downloads_is_a_model(comfyui, drawn, of):
 
 
 def test_both_variants_of_comfyuis_folders_are_found(comfyui):
-    assert find_sources(comfyui, "video").model.path.name == "Lance_3B_Video.safetensors"
-    assert find_sources(comfyui, "image").model.path.name == "Lance_3B.safetensors"
+    for place in (comfyui, comfyui.parent):  # the models folder, and ComfyUI's own
+        assert find_sources(place, "video").model.path.name == "Lance_3B_Video.safetensors"
+        assert find_sources(place, "image").model.path.name == "Lance_3B.safetensors"
+
+
+@pytest.mark.parametrize("of", [".", "models", "models/diffusion_models/hub/Lance_3B/model.safetensors"])
+def test_the_hubs_tree_may_lie_deeper_in_comfyuis_folders(tmp_path, drawn, of):
+    hub = tmp_path / "models" / "diffusion_models" / "hub"
+    hub.parent.mkdir(parents=True)
+    shutil.copytree(goldens.CHECKPOINT, hub)
+    assert draws(tmp_path / of, drawn)
+    sources = find_sources(tmp_path / of, "image")
+    assert (sources.vit.path, sources.vae) == (hub / "Qwen2.5-VL-ViT" / "vit.safetensors", hub / VAE.name)
+    assert find_sources(tmp_path / "models", "video").model.path.parent.name == "Lance_3B_Video"
+
+
+def test_words_alone_need_no_vision_tower(tree, drawn):
+    shutil.rmtree(tree / "Qwen2.5-VL-ViT")
+    assert "The vision tower was not found" in refusal(load, tree)
+    pipe = load(tree, vit="none")
+    assert pipe.components.vision is None
+    assert torch.equal(pipe(**tasks.arguments("t2i")).latents, drawn)
+    message = refusal(pipe, **tasks.arguments("image_edit"))
+    assert message.startswith("1 pictures are to be seen by a model without its vision tower (vit='none').")
+
+
+def test_objects_beside_the_weights_of_a_pickle_are_named(tmp_path):
+    torch.save({"args": argparse.Namespace(a=1), "state_dict": {"a": torch.zeros(2)}}, tmp_path / "x.ckpt")
+    message = refusal(TensorFile, tmp_path / "x.ckpt")
+    assert "holds objects of Python beside tensors (argparse.Namespace)" in message
+    assert "torch.save(model.state_dict()" in message
 
 
 @pytest.mark.parametrize("without", [["tokenizer_json"], ["tokenizer_json", "llm_config_json"], ["vocab_json", "merges_txt"]])

@@ -187,6 +187,17 @@ def test_the_variant_follows_the_task_or_the_wish(tmp_path, capsys):
         assert folder in capsys.readouterr().err
 
 
+def test_a_picture_of_words_needs_no_vision_tower(tmp_path, capsys):
+    for name in ("Lance_3B", "Wan2.2_VAE.pth"):
+        (tmp_path / name).symlink_to(goldens.CHECKPOINT / name)
+    small = ["--model", str(tmp_path), "--height", "32", "--width", "48", "--steps", "1", "--device", "cpu"]
+    out = tmp_path / "a.png"
+    assert main(["t2i", "--prompt", "a fox", *small, "--output", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["x2t_image", "--prompt", "what", "--image", str(out), "--model", str(tmp_path), "--device", "cpu"]) == 2
+    assert "The vision tower was not found" in capsys.readouterr().err
+
+
 def test_progress_is_shown(capsys):
     assert main(["t2i", *MODEL, *PROMPT, *SMALL, "--steps", "3"]) == 0
     assert "3/3" in capsys.readouterr().err

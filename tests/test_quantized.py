@@ -551,8 +551,14 @@ def test_quantize_prints_a_table(tmp_path, capsys):
 def test_a_file_is_written_without_measuring(tmp_path, capsys):
     path = tmp_path / "lance.safetensors"
     assert main(["quantize", "--model", str(MODEL), "--output", str(path), "--format", "fp8", "--no-measure"]) == 0
-    assert "14 weights quantised" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "14 weights quantised" in out
+    assert "No tokenizer" not in out
     assert path.is_file()
+    shutil.copy(MODEL, tmp_path / "bare.safetensors")
+    bare = ["--model", str(tmp_path / "bare.safetensors"), "--output", str(tmp_path / "q.safetensors"), "--format", "fp8"]
+    assert main(["quantize", *bare, "--no-measure"]) == 0
+    assert capsys.readouterr().out.startswith("No tokenizer was found: put its files beside the copy.\n")
 
 
 def test_what_cannot_be_measured_is_not_written(tmp_path, capsys):
