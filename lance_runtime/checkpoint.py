@@ -99,7 +99,7 @@ class TensorFile(Tensors):
             size = self.path.stat().st_size
             if found := FOREIGN_OBJECT.search(str(error)):
                 raise ValueError(
-                    f"{self.path.name} ({size} bytes) holds objects of Python beside tensors ({found[1]}), which are never loaded.\n"
+                    f"{self.path.name} ({size} bytes) holds objects of Python ({found[1]}), which are never loaded.\n"
                     "Save the weights alone: torch.save(model.state_dict(), ...)."
                 ) from error
             raise ValueError(

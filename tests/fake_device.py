@@ -46,8 +46,13 @@ class Elsewhere(torch.Tensor):
     def tolist(self) -> list:
         return self.held.tolist()
 
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
     @classmethod
     def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is not cls for kind in types):  # ComfyUI's quantised weights, which know their own way
+            return NotImplemented
         return run(operator, *args, **(kwargs or {}))
 
 
@@ -55,6 +60,8 @@ def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operator, on what the tensors hold."""
     if operator is torch.ops.aten.record_stream.default:  # memory that two streams use; here there is one
         return None
+    if operator is torch.ops.aten._has_compatible_shallow_copy_type.default:  # ``held`` would not follow
+        return False
     name, tensors = operator._schema.name, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     here = any(isinstance(tensor, Elsewhere) for tensor in tensors)
     strangers = [tuple(x.shape) for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
@@ -78,6 +85,13 @@ class Line(torch.Stream):
         return SimpleNamespace(synchronize=lambda: None)
 
 
+class Dice(torch.Generator):
+    """The device's random numbers, which are the CPU's."""
+
+    def __new__(cls, device: Any = None) -> Dice:
+        return super().__new__(cls)
+
+
 def current_line(device: Any = None) -> Line:
     stream = CURRENT_STREAM(device)
     return Line(stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type)
@@ -86,6 +100,7 @@ def current_line(device: Any = None) -> Line:
 def complete() -> None:
     """What torch asserts about, made on the CPU and moved: new tensors from numbers, and indices that are lists."""
     torch.accelerator.current_stream = current_line
+    torch.Generator = Dice
 
     def moved(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:

@@ -162,10 +162,10 @@ def test_a_lora_goes_on_top_with_memory_and_without(trees, kind):
 
 
 # ComfyUI rounds each patched weight up or down at random, so that with 4 bits the noise is larger than what this LoRA does.
-PATCHED_EVERYWHERE = {"fp8": 0.08, "int8": 0.05, "nvfp4": 0.3, "mxfp8": 0.08}
+PATCHED_EVERYWHERE = {"int8": 0.05, "nvfp4": 0.3}
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ["int8", "nvfp4"])
 def test_a_lora_on_every_weight_is_exact_beside_them(trees, kind):
     found = report("everywhere", trees[kind], SCRIPT)
     assert found["acts"] > 0.09
