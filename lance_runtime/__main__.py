@@ -69,12 +69,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         default=NANO,
-        metavar="FOLDER",
-        help="where the weights are (default: the built-in Lance Nano, which knows plain shapes and colours only)",
+        metavar="PATH",
+        help="folder or file of the weights (default: the built-in Lance Nano, which knows plain shapes and colours only)",
     )
     group.add_argument("--variant", choices=("image", "video"), help="checkpoint (default: video for tasks with a clip)")
     group.add_argument(
-        "--vit", choices=VIT_CHOICES, default="auto", help="vision tower: the checkpoint's own or the separate one"
+        "--vit", choices=VIT_CHOICES, default="auto", help="vision tower: the checkpoint's own, the separate one or none"
     )
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: the accelerator that torch finds)")
     group.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on an accelerator, float32 on a CPU")

@@ -228,6 +228,6 @@ def _unreachable(error: Exception) -> NoReturn:
         raise error  # the disk's, not the network's
     first = str(error).split("\n", maxsplit=1)[0][:200]
     raise OSError(
-        f"{REPOSITORY} cannot be reached, or broke off: {type(error).__name__}, {first}\n"
+        f"{REPOSITORY} cannot be reached, or broke off: {type(error).__name__}, {first}.\n"
         "See to the network (and to HF_HUB_OFFLINE and HF_ENDPOINT) and run the command again: it goes on where it stopped."
     ) from error

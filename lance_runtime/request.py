@@ -161,7 +161,8 @@ class Request:
         least, most = PICTURES[self.task]
         if self.context is None and not least <= len(self.images) <= most:
             wanted = "no" if most == 0 else f"exactly {least}" if least == most else f"at least {least}"
-            raise ValueError(f"{self.task} takes {wanted} images, and got {len(self.images)}.\n{self._advice()}")
+            images = "image" if least == most == 1 else "images"
+            raise ValueError(f"{self.task} takes {wanted} {images}, and got {len(self.images)}.\n{self._advice()}")
         takes_clip = self.task in CLIP_TASKS
         if self.context is None and takes_clip != (self.video is not None):
             raise ValueError(
