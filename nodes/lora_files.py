@@ -191,15 +191,20 @@ def _fitting(parts: dict[str, Part], path: str, shapes: Mapping[str, tuple[int, 
 
 
 def _fits(first: Tensor, second: Tensor, shape: tuple[int, ...]) -> bool:
-    inner, outer = first.flatten(1).shape, second.flatten(1).shape
-    return 0 < inner[0] == outer[1] and (outer[0], inner[1]) == (shape[0], math.prod(shape[1:]))
+    (inner, columns), (rows, outer) = _matrix(first), _matrix(second)
+    return 0 < inner == outer and (rows, columns) == (shape[0], math.prod(shape[1:]))
 
 
 def _factor(parts: dict[str, Part], name: str) -> tuple[int, int]:
     """The shape of a factor, which may be a product of two; (0, 0) where it is not there."""
     names = (name, name) if name in parts else (f"{name}_a", f"{name}_b")
-    first, second = (parts[what].tensor.flatten(1).shape if what in parts else (0, 0) for what in names)
-    return first[0], second[1]
+    (rows, _), (_, columns) = (_matrix(parts[what].tensor) if what in parts else (0, 0) for what in names)
+    return rows, columns
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int]:
+    """Rows and columns; none of a matrix that was saved flat, in part (FSDP, ZeRO)."""
+    return (len(tensor), tensor[0].numel()) if tensor.ndim > 1 and len(tensor) else (0, 0)
 
 
 # LyCORIS' factors of a change: multiplied element by element (LoHa), or each with each (LoKr).

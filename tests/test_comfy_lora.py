@@ -152,6 +152,7 @@ def server(comfy_models, by_peft, tmp_path_factory):
     files = {f"{expert}_{naming}": tensors(expert, naming) for expert in EXPERTS for naming in OURS}
     files["of_7b"] = {PEFT + f"model.layers.1.self_attn.q_proj.lora_{x}.weight": torch.ones(2, 3584) for x in "AB"}
     files["of_7b"][PEFT + "model.layers.1.self_attn.q_proj.lora_B.weight"] = torch.ones(3584, 2)
+    files["flat"] = {PEFT + f"model.layers.1.self_attn.q_proj.lora_{x}.weight": torch.ones(256) for x in "AB"}
     files["half"] = {name: tensor for name, tensor in files["und_peft"].items() if "v_proj.lora_B" not in name}
     for kind in ("hada", "lokr"):
         factors = {f"{kind}_w{x}": torch.ones(64, 64) for x in ("1_a", "1_b", "2_a", "2_b")}
@@ -305,13 +306,13 @@ def test_our_loader_says_what_it_could_not_place(server, merged):
     assert report in server.log()
 
 
-@pytest.mark.parametrize("name", ["all_strange", "z_image", "of_7b", "hada_of_7b", "lokr_of_7b"])
+@pytest.mark.parametrize("name", ["all_strange", "z_image", "flat", "of_7b", "hada_of_7b", "lokr_of_7b"])
 def test_a_lora_of_another_model_is_refused(server, plain, name):
     graph = {**base(), "lora": lora_node("LanceNativeLoraLoader", name)}
     graph["lora"]["inputs"].update(model=["load", 0], clip=["load", 1])
     graph["report"] = node("PreviewAny", source=["lora", 2])
     error = server.run(graph, check=False).error
-    count = {"of_7b": 2, "hada_of_7b": 4, "lokr_of_7b": 4}.get(name, 1)
+    count = {"flat": 2, "of_7b": 2, "hada_of_7b": 4, "lokr_of_7b": 4}.get(name, 1)
     assert error["exception_message"].startswith(f"None of the {count} tensors of {name}.safetensors fits Lance")
     assert torch.equal(drawn_and_said(server)[0], plain[0])
 
