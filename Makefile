@@ -36,9 +36,12 @@ help:  ## this list
 demo: $(READY)  ## what the built-in Lance Nano draws, edits, moves and answers, into demo/
 	$(BIN)/python tests/demo/make_demo.py
 
-# One thread: the tests' tensors are too small to share, and two threads on a busy machine wait for each other.
+# One thread a process: the tests' tensors are too small to share. A file's tests stay together, with their ComfyUI;
+# each process may have one, hence no more than four.
+IN_PROCESSES := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(READY)  ## all tests; make test PYTEST_ARGS="-x -k parity" passes arguments on
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PROCESSES) $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff's rules and format, and the types of lance_runtime/
 	$(BIN)/ruff check .

@@ -21,6 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "comfy: needs the real ComfyUI (COMFYUI_PATH); LANCE_REQUIRE_COMFY=1 forbids skipping")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files, which are those with a ComfyUI, come first: with several processes, the others fill up the end."""
+    items.sort(key=lambda item: item.get_closest_marker("comfy") is None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("comfy"):
         require_comfyui()
