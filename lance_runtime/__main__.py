@@ -15,7 +15,7 @@ from .media import check_suffix, read_image, read_video, write_image, write_vide
 from .memory import OFFLOAD_KINDS
 from .pipeline import LancePipeline, Output
 from .preprocess import presets
-from .prompts import TASKS, UNDERSTANDING_TASKS, VIDEO_TASKS
+from .prompts import TASKS, UNDERSTANDING_TASKS, UNSEEING_TASKS, VIDEO_TASKS
 from .terminal import DTYPES, Parser, Progress
 from .types import VIDEO_FPS
 
@@ -163,8 +163,8 @@ def run(options: argparse.Namespace) -> str:
         variant,
         device=options.device,
         dtype=dtype,
-        # A picture of words alone needs none: 1.3 GB that need not be loaded, nor be there.
-        vit="none" if options.vit == "auto" and options.task in ("t2i", "t2v") else options.vit,
+        # 1.3 GB that need not be loaded, nor be there.
+        vit="none" if options.vit == "auto" and options.task in UNSEEING_TASKS else options.vit,
         offload=options.offload,
         tiled_vae=options.tiled_vae,
         compile=options.compile,

@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
+import safetensors
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 HUB = "bytedance-research/Lance on the Hugging Face hub"
@@ -89,7 +91,13 @@ class TensorFile(Tensors):
         self.metadata = header.pop("__metadata__", {})
         self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         self.dtypes = {name: entry["dtype"] for name, entry in header.items()}
-        self._file = safe_open(str(self.path), framework="pt")
+        try:
+            self._file = safe_open(str(self.path), framework="pt")
+        except SafetensorError as error:  # no ValueError of its own kind: a type that this release does not know, say
+            raise ValueError(
+                f"{self.path.name} ({self.path.stat().st_size} bytes) cannot be read by safetensors "
+                f"{safetensors.__version__}: {_first_line(error)}\nUpdate safetensors, or download the file again."
+            ) from error
 
     def _open_pickle(self) -> None:
         try:
@@ -106,15 +114,14 @@ class TensorFile(Tensors):
                 f"{self.path.name} ({size} bytes) is no complete pickle of tensors: {_first_line(error)}\n"
                 f"Download it again from {HUB}; pickles with code in them are never loaded."
             ) from error
-        while isinstance(state, dict) and (inner := [key for key in WEIGHTS_IN_PICKLES if isinstance(state.get(key), dict)]):
-            state = state[inner[0]]
-        if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        weights = _with_tensors(state)
+        if weights is None:
             what = f"{list(state)[:5]}" if isinstance(state, dict) else f"a {type(state).__name__}"
             raise ValueError(
                 f"{self.path.name} ({self.path.stat().st_size} bytes) holds {what}, not tensors by name.\n"
                 f"Download it again from {HUB}."
             )
-        self._pickled = {name: value for name, value in state.items() if isinstance(value, Tensor) and isinstance(name, str)}
+        self._pickled = {name: value for name, value in weights.items() if isinstance(value, Tensor) and isinstance(name, str)}
         self.shapes = {name: tuple(value.shape) for name, value in self._pickled.items()}
         self.dtypes = {name: str(value.dtype) for name, value in self._pickled.items()}
 
@@ -145,7 +152,12 @@ def canonical_name(stored: str) -> str:
     return FRONT.sub("", WRAPPER.sub("", stored))
 
 
-def _canonical(stored: Iterable[str]) -> dict[str, str]:
+def is_beside(name: str) -> bool:
+    """Whether a tensor of this canonical name is none of the network's weights."""
+    return name.startswith(BESIDE) or name.endswith(ROTARY_BUFFER)
+
+
+def canonical_names(stored: Iterable[str]) -> dict[str, str]:
     """Canonical names -> stored ones; ``ValueError`` where two are of one weight (a trained model and its average, say)."""
     found: dict[str, str] = {}
     for name in stored:
@@ -163,16 +175,18 @@ def model_tensors(file: TensorFile) -> Renamed:
     They are those that are stored: ``dequantize.plain_tensors`` gives whole weights for quantised ones.
     """
     check_is_lance(file)
-    found = _canonical(file)
-    return Renamed(
-        file, {n: stored for n, stored in found.items() if not n.startswith(BESIDE) and not n.endswith(ROTARY_BUFFER)}
-    )
+    return Renamed(file, {name: stored for name, stored in canonical_names(file).items() if not is_beside(name)})
+
+
+def vit_name(stored: str) -> str:
+    """The name of a vision tower's tensor within the tower."""
+    return canonical_name(stored).removeprefix(VIT_PREFIX).removeprefix("visual.")
 
 
 def vit_tensors(file: TensorFile) -> Renamed:
-    """The ViT's tensors of a file: the checkpoint's own (``vit_model.*``), or those of a file that is a ViT."""
+    """The ViT's tensors of a file, as stored: the checkpoint's own (``vit_model.*``), or those of a file that is a ViT."""
     own = [name for name in file if canonical_name(name).startswith(VIT_PREFIX)]
-    names = {canonical_name(name).removeprefix(VIT_PREFIX).removeprefix("visual."): name for name in own or file}
+    names = {vit_name(name): name for name in own or file}
     if "patch_embed.proj.weight" not in names:
         raise ValueError(
             f"{file.path.name} is {identify(file)}, not the vision tower of Qwen2.5-VL.\n"
@@ -242,7 +256,7 @@ def _identify_conversion(file: TensorFile, generates: bool) -> str | None:
     scaled = not {"U8", "I8"}.isdisjoint(file.dtypes.values()) or any(name.endswith(SCALE_NAMES) for name in file)
     if generates and scaled and not is_quantised(file):
         return "a quantised (NVFP4 or other, it does not say which)"
-    if generates and not any("language_model.model." in name for name in file):
+    if generates and not any("language_model.model." in canonical_name(name) for name in file):
         return "an MLX (no language_model prefix)"
     return None
 
@@ -302,6 +316,14 @@ def _read_header(path: Path) -> dict:
             f"Download it again from {HUB}."
         )
     return header
+
+
+def _with_tensors(state: Any) -> dict | None:
+    """A dictionary of tensors, or the first that training scripts keep within it beside their own state."""
+    if not isinstance(state, dict) or any(isinstance(value, Tensor) for value in state.values()):
+        return state if isinstance(state, dict) else None
+    inner = (_with_tensors(state.get(key)) for key in WEIGHTS_IN_PICKLES)
+    return next((found for found in inner if found is not None), None)
 
 
 def _first_line(error: Exception) -> str:

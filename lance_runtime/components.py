@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import TensorFile, Tensors, check_names, vit_tensors
+from .checkpoint import TensorFile, Tensors, check_names
 from .config import EMBED_KEY, LanceConfig, VisionConfig
-from .dequantize import plain_tensors
+from .dequantize import plain_tensors, plain_vit_tensors
 from .engine import Engine
 from .files import Sources
 from .model.transformer import Lance
@@ -54,7 +54,7 @@ def load_components(sources: Sources, dtype: torch.dtype, device: torch.device, 
     vision = None
     if sources.vision is not None:
         vision = build_vision(sources.vision)
-        assign(vision, vit_tensors(sources.vit or sources.model), dtype, weights_on)
+        assign(vision, plain_vit_tensors(sources.vit or sources.model), dtype, weights_on)
         restore_buffers(vision, weights_on)
     vae = WanVAE.from_tensors(TensorFile(sources.vae), dtype=dtype, device=weights_on)
     vae.device = device  # where it computes; an offloading hook brings its weights there

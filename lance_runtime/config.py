@@ -65,7 +65,20 @@ class LanceConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> LanceConfig:
-        """From tensor shapes alone, for a file that carries no config (rope base and sections are Qwen2.5-VL's)."""
+        """From tensor shapes alone, for a file that carries no config (rope base and sections are Qwen2.5-VL's).
+
+        ``ValueError`` where a tensor that tells is missing.
+        """
+        try:
+            return cls._from_shapes(shapes)
+        except KeyError as error:
+            raise ValueError(
+                f"The file has no {error.args[0]} among {len(shapes)} tensors: it is not the whole of Lance.\n"
+                "Use a file of the whole checkpoint, with embeddings, norms and head."
+            ) from error
+
+    @classmethod
+    def _from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> LanceConfig:
         vocab_size, hidden = shapes[EMBED_KEY]
         head_dim = shapes[LAYER_KEY.format(0, "q_norm")][0]
         return cls(

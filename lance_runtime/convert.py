@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .checkpoint import BESIDE, TensorFile, check_names, identify
+from .checkpoint import TensorFile, check_names, identify, is_beside
 from .components import build_lance
 from .config import LanceConfig
 from .dequantize import DequantizedTensors, all_tensors
@@ -46,12 +46,6 @@ def convert(
 
 def _check_is_whole(tensors: DequantizedTensors) -> None:
     """Strict, as for every checkpoint; ``ValueError`` for what is quantised and is not Lance."""
-    shapes = {name: shape for name, shape in tensors.shapes.items() if not name.startswith(BESIDE)}
-    try:
-        config = LanceConfig.from_shapes(shapes)
-    except KeyError as error:
-        raise ValueError(
-            f"{tensors.file.path.name} has no {error.args[0]} among {len(shapes)} tensors: it is not the whole of Lance.\n"
-            "Use a conversion of the whole checkpoint, with embeddings, norms and head."
-        ) from error
-    check_names({name: tuple(value.shape) for name, value in build_lance(config).named_parameters()}, shapes)
+    shapes = {name: shape for name, shape in tensors.shapes.items() if not is_beside(name)}
+    expected = build_lance(LanceConfig.from_shapes(shapes)).named_parameters()
+    check_names({name: tuple(value.shape) for name, value in expected}, shapes)

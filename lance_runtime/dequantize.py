@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,10 @@ from .checkpoint import (
     TensorFile,
     Tensors,
     canonical_name,
+    canonical_names,
     model_tensors,
+    vit_name,
+    vit_tensors,
 )
 from .quant_formats import AWQ, COMMUNITY_NVFP4, NATIVE, Format
 
@@ -73,29 +76,33 @@ def plain_tensors(file: TensorFile) -> DequantizedTensors:
 
 def all_tensors(file: TensorFile) -> DequantizedTensors:
     """Every tensor of a file, whole, under its canonical name; community conversions are read as well."""
-    names = {canonical_name(name): name for name in file}
+    names = canonical_names(file)
     return DequantizedTensors(file, names, quantised_layers(file, names))
 
 
-def quantised_layers(file: TensorFile, names: Mapping[str, str]) -> dict[str, QuantizedWeight]:
-    """The quantised layers by canonical name. names: canonical to stored."""
-    settings = _settings(file, names)
+def plain_vit_tensors(file: TensorFile) -> DequantizedTensors:
+    """The vision tower's whole weights, of a file as ``checkpoint.vit_tensors`` takes it."""
+    names = vit_tensors(file).names
+    return DequantizedTensors(file, names, quantised_layers(file, names, vit_name))
+
+
+def quantised_layers(
+    file: TensorFile, names: Mapping[str, str], canonical: Callable[[str], str] = canonical_name
+) -> dict[str, QuantizedWeight]:
+    """The quantised layers by canonical name, of those that have weights. names: canonical to stored."""
     found = {}
-    for layer, said in settings.items():
+    for layer, said in _settings(file, names, canonical).items():
         known = ((part, names.get(f"{layer}.{part}")) for part in PARTS)
         parts = {OLD_NAMES.get(part, part): stored for part, stored in known if stored is not None}
-        if not {"weight", "qweight"} & set(parts):
-            raise ValueError(
-                f"{file.path.name} says how {layer} is quantised, but holds 0 of its weights.\nUse a file that is whole."
-            )
-        found[layer] = QuantizedWeight(_format(said["format"], layer, file), said, parts)
+        if {"weight", "qweight"} & set(parts):
+            found[layer] = QuantizedWeight(_format(said["format"], layer, file), said, parts)
     return found
 
 
-def _settings(file: TensorFile, names: Mapping[str, str]) -> dict[str, dict]:
+def _settings(file: TensorFile, names: Mapping[str, str], canonical: Callable[[str], str]) -> dict[str, dict]:
     """What a file says of its quantised layers, in each of the ways in which files say it."""
     said = json.loads(file.metadata[QUANT_HEADER])["layers"] if QUANT_HEADER in file.metadata else {}
-    found = {canonical_name(layer): dict(value) for layer, value in said.items()}
+    found = {canonical(layer): dict(value) for layer, value in said.items()}
     for name, stored in names.items():
         layer, _, part = name.rpartition(".")
         if part == QUANT_TENSOR[1:]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .checkpoint import HUB
-from .files import MODEL_HOME, MODEL_NAMES, VAE_HOME, VAE_NAMES, VARIANT_FOLDERS, VIT_FOLDER, VIT_HOME, VIT_NAME
+from .files import MODEL_HOMES, MODEL_NAMES, VAE_HOMES, VAE_NAMES, VARIANT_FOLDERS, VIT_FOLDER, VIT_HOMES, VIT_NAME
 
 REPOSITORY = HUB.split()[0]
 VAE_NAME = VAE_NAMES[0]
 # The hub's folders keep their names: a checkpoint's configuration and tokenizer lie beside it.
-HOMES = {**dict.fromkeys(VARIANT_FOLDERS.values(), MODEL_HOME), VIT_FOLDER: VIT_HOME, VAE_NAME: VAE_HOME}
+HOMES = {**dict.fromkeys(VARIANT_FOLDERS.values(), MODEL_HOMES[0]), VIT_FOLDER: VIT_HOMES[0], VAE_NAME: VAE_HOMES[0]}
 # The video checkpoint carries a vision tower of its own.
 PARTS = {
     "image": (VARIANT_FOLDERS["image"], VIT_FOLDER, VAE_NAME),

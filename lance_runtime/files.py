@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -23,8 +24,8 @@ VAE_NAMES = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "wan2.2_vae.safetensors
 # A small Lance that comes with the code: it knows plain shapes and colours (tests/nano).
 NANO = Path(__file__).with_name("nano")
 VIT_CHOICES = ("auto", "checkpoint", "standalone", "none")
-# ComfyUI's own folders under models/: the hub's tree lies in them part by part.
-MODEL_HOME, VIT_HOME, VAE_HOME = "diffusion_models", "text_encoders", "vae"
+# ComfyUI's own folders under models/, with their older names: the hub's tree lies in them part by part.
+MODEL_HOMES, VIT_HOMES, VAE_HOMES = ("diffusion_models", "unet"), ("text_encoders", "clip"), ("vae",)
 # Where ComfyUI keeps its own copy of Qwen2.5's tokenizer, beside models/: what it downloads itself comes without one.
 COMFYUI_TOKENIZER = Path("comfy", "text_encoders", "qwen25_tokenizer")
 # Colours of a host's previews, of models whose VAE is their own: {"factors": (channels, 3), "bias": (3)}.
@@ -144,13 +145,14 @@ def _uses_own_vit(model: TensorFile, vit: str) -> bool:
 def _home(path: Path) -> Path:
     """The folder of a model; the models folder of a ComfyUI."""
     home = path if path.is_dir() else path.absolute().parent
-    return home / "models" if (home / "models" / MODEL_HOME).is_dir() else home
+    return home / "models" if any((home / "models" / name).is_dir() for name in MODEL_HOMES) else home
 
 
 def _homes(path: Path, model: Path) -> list[Path]:
     """Where the other parts of a model may lie: its folder, the tree that its file is of, and ComfyUI's models folder."""
-    home, tree = _home(path), model.absolute().parents[1]
-    return list(dict.fromkeys([home, tree, *(above.parent for above in model.absolute().parents if above.name == MODEL_HOME)]))
+    folder = model.absolute().parent
+    around = (above.parent for above in (folder, *folder.parents) if above.name in MODEL_HOMES)
+    return list(dict.fromkeys([_home(path), folder.parent, *around]))
 
 
 def find_model(path: Path, variant: str) -> Path:
@@ -160,35 +162,36 @@ def find_model(path: Path, variant: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.\nGive the folder that holds {VARIANT_FOLDERS[variant]}/ ({HUB}).")
     home, hub = _home(path), VARIANT_FOLDERS[variant]
-    folders = (home, home / MODEL_HOME)
-    fixed = [folder / hub / name for folder in folders for name in MODEL_NAMES] + [folders[1] / f"{hub}.safetensors"]
+    folders = (home, *(home / name for name in MODEL_HOMES))
+    fixed = [folder / hub / name for folder in folders for name in MODEL_NAMES]
+    fixed += [folder / f"{hub}.safetensors" for folder in folders[1:]]
     others = [home / folder / name for folder in VARIANT_FOLDERS.values() for name in MODEL_NAMES]
     shared = [p for p in others if p.is_file() and guess_variant(TensorFile(p)) == ANY_VARIANT]
     found = (file for folder in folders for file in _single_files(folder, "a Lance checkpoint"))
     single = (file.path for file in found if guess_variant(file) in (variant, ANY_VARIANT))
     tried = fixed[: len(MODEL_NAMES)]
-    return _first([*fixed, *shared], single) or _missing(f"The {variant} checkpoint", tried, home, MODEL_HOME)
+    return _first([*fixed, *shared], single) or _missing(f"The {variant} checkpoint", tried, home, MODEL_HOMES)
 
 
 def _find_vit(homes: list[Path]) -> Path:
     name = f"{VIT_FOLDER}/{VIT_NAME}"
-    found = _find(homes, VIT_HOME, (name,), "a vision tower alone")
-    return found or _missing("The vision tower", [homes[0] / name], homes[0], VIT_HOME)
+    found = _find(homes, VIT_HOMES, (name,), "a vision tower alone")
+    return found or _missing("The vision tower", [homes[0] / name], homes[0], VIT_HOMES)
 
 
 def _find_vit_config(homes: list[Path]) -> Path:
-    fixed = [folder / VIT_FOLDER / "config.json" for home in homes for folder in (home, home / VIT_HOME)]
+    fixed = [home / part / VIT_FOLDER / "config.json" for home in homes for part in ("", *VIT_HOMES)]
     return _first(fixed, iter(())) or fixed[0]
 
 
 def _find_vae(homes: list[Path]) -> Path:
     tried = [homes[0] / name for name in VAE_NAMES]
-    return _find(homes, VAE_HOME, VAE_NAMES, "a Wan 2.2 VAE") or _missing("The Wan 2.2 VAE", tried, homes[0], VAE_HOME)
+    return _find(homes, VAE_HOMES, VAE_NAMES, "a Wan 2.2 VAE") or _missing("The Wan 2.2 VAE", tried, homes[0], VAE_HOMES)
 
 
-def _find(homes: list[Path], part: str, names: tuple[str, ...], what: str) -> Path | None:
+def _find(homes: list[Path], within: tuple[str, ...], names: tuple[str, ...], what: str) -> Path | None:
     """A part of a model beside it, beside its folder, or in ComfyUI's folder of such parts."""
-    parts = [home / part for home in homes]
+    parts = [home / name for home in homes for name in within]
     single = (file.path for folder in (homes[0], *parts) for file in _single_files(folder, what))
     return _first([folder / name for folder in (*homes, homes[0].parent, *parts) for name in names], single)
 
@@ -200,10 +203,15 @@ def _first(fixed: list[Path], single: Iterator[Path]) -> Path | None:
 
 def _single_files(folder: Path, what: str) -> Iterator[TensorFile]:
     """The files of a folder that hold what is looked for; in ComfyUI's folders they may lie deeper, as they do there."""
-    deep = folder.name in (MODEL_HOME, VIT_HOME, VAE_HOME)
-    return (
-        file for file in whole_files(folder.glob("**/*.safetensors" if deep else "*.safetensors")) if identify(file) == what
-    )
+    deep = folder.name in (*MODEL_HOMES, *VIT_HOMES, *VAE_HOMES)
+    paths = folder.glob("*.safetensors") if not deep else _below(folder)
+    return (file for file in whole_files(paths) if identify(file) == what)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The safetensors files under a folder, behind links as well (which ``Path.glob`` leaves alone before Python 3.13)."""
+    for place, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(place, name) for name in names if name.endswith(".safetensors"))
 
 
 def whole_files(paths: Iterable[Path]) -> Iterator[TensorFile]:
@@ -215,10 +223,11 @@ def whole_files(paths: Iterable[Path]) -> Iterator[TensorFile]:
             LOGGER.warning("[Lance] %s", str(error).split("\n", maxsplit=1)[0])
 
 
-def _missing(what: str, tried: list[Path], folder: Path, part: str) -> NoReturn:
+def _missing(what: str, tried: list[Path], folder: Path, parts: tuple[str, ...]) -> NoReturn:
     names = ", ".join(str(path.relative_to(folder)) for path in tried)
     others = [f"{file.path.name} is {identify(file)}" for file in islice(whole_files(folder.glob("*.safetensors")), 3)]
     there = f" ({'; '.join(others)})" if others else ""
     raise FileNotFoundError(
-        f"{what} was not found in {folder}: neither {names} nor a single file{there}, there or in {part}/.\nGet it from {HUB}."
+        f"{what} was not found in {folder}: neither {names} nor a single file{there}, there or in {parts[0]}/.\n"
+        f"Get it from {HUB}."
     )

@@ -11,6 +11,7 @@ from .tokenizer import IM_END, IM_START
 GENERATION_TASKS = ("t2i", "t2v", "i2v", "image_edit", "video_edit", "subject_image", "subject_video")
 UNDERSTANDING_TASKS = ("x2t_image", "x2t_video")
 TASKS = GENERATION_TASKS + UNDERSTANDING_TASKS
+UNSEEING_TASKS = ("t2i", "t2v", "i2v")  # the vision tower is shown nothing
 VIDEO_TASKS = ("t2v", "i2v", "video_edit", "subject_video", "x2t_video")
 
 # One template for every task: {SYSTEM}, then the user's segments, then the assistant's.

@@ -93,6 +93,14 @@ class LanceTextModel(torch.nn.Module):
     def sizes(self) -> TrainedSizes:
         return self.owner.sizes
 
+    @property
+    def diffusion_model(self) -> torch.nn.Module:
+        return self.owner.diffusion_model
+
+    def state_dict(self, *args: Any, **more: Any) -> dict[str, Tensor]:
+        """The shared weights: where Load LoRA (Bypass) looks for the layers of a CLIP, and then for their modules."""
+        return self.owner.state_dict(*args, **more)
+
     def reset_clip_options(self) -> None:
         self.device = comfy.model_management.get_torch_device()
 
@@ -151,7 +159,7 @@ class LanceTextModel(torch.nn.Module):
         model, device = (self.owner, self.device) if patcher is None else (patcher.model, patcher.load_device)
         engine = Engine(model.diffusion_model, model.get_dtype_inference(), device, comfy_attention())
         sequence = layout(context)
-        cache, weights = model.question_cache, model.weights_in_place()
+        cache, weights = model.question_cache, (model.weights_in_place(), *_beside(patcher))
         shown = with_prefill_progress(engine, sequence, cache.splits_kept(weights, engine, sequence))
         ids = answer(engine, sequence, self.tokenizer, max_length, sampling, partial(cache.prefill, weights, shown))
         bar = comfy.utils.ProgressBar(max_length)
@@ -174,6 +182,11 @@ class LanceTextModel(torch.nn.Module):
             return Context((*tokens["visuals"], Segment.text(ids)), context.vision)
         system = system_sentence("x2t_video" if tokens["video"] else "x2t_image", asked=bool(tokens["text"]))
         return question_context(self.tokenizer, open_context(self.tokenizer, system, tokens["visuals"]), tokens["text"])
+
+
+def _beside(patcher: ModelPatcher | None) -> list[Any]:
+    """What a patcher runs beside the weights, LoRAs that are not patched into them for one."""
+    return [] if patcher is None else [one for those in patcher.injections.values() for one in those]
 
 
 class LanceCLIP(comfy.sd.CLIP):

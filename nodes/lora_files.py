@@ -71,13 +71,13 @@ class Strength(NamedTuple):
 
     alpha: float
     rank: float
-    patterns: Mapping[str, float]
+    patterns: Mapping[re.Pattern[str], float]
     by_root: bool
     source: str
 
     def scale(self, path: str, rank: float) -> float:
         """The factor of a module's matrices (PEFT, ``LoraLayer.update_layer``)."""
-        alpha = next((alpha for key, alpha in self.patterns.items() if re.match(rf"(.*\.)?({key})$", path)), self.alpha)
+        alpha = next((alpha for key, alpha in self.patterns.items() if key.match(path)), self.alpha)
         return alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
@@ -95,11 +95,11 @@ def read_strength(path: Path, metadata: Mapping[str, str] | None, by_peft: bool)
         stated = reversed((json.loads(text or "{}") or {}).items())
         config = {name.rsplit(".", maxsplit=1)[-1]: value for name, value in stated}
         alpha = config.get("lora_alpha", config.get("alpha"))  # the latter of PEFT's LoHa and LoKr
-        patterns = {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+        patterns = {re.compile(rf"(.*\.)?({key})$"): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
         found = Strength(
             float(0 if alpha is None else alpha), float(config.get("r", 1)), patterns, bool(config.get("use_rslora")), source
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, re.error) as error:
         raise ValueError(
             f"{source} ({len(text or '')} characters) does not say how strong the LoRA is: {error}.\n"
             "Copy it again from where the LoRA was trained, or take it away: alpha then counts as the rank."
@@ -144,6 +144,8 @@ def translate(
         if found := locate(name, known):
             path, what = found
             modules[path][what] = Part(name, tensor)
+    if any(what.startswith("lora_E") for parts in modules.values() for what in parts):
+        _check_kind("ADALORA", "", "The file")
     result = {}
     for path, parts in modules.items():
         fitting = _in_our_words(_fitting(parts, path, shapes), path, strength, weight)
@@ -173,7 +175,7 @@ def _forms(paths: Iterable[str]) -> dict[str, str]:
 def _fitting(parts: dict[str, Part], path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
     """A module's parts without those of another shape than the network's, and without those that are no use alone."""
     parts = {
-        EMBEDDING.get(what, what): Part(name, tensor.T.contiguous() if what in EMBEDDING else tensor)
+        EMBEDDING.get(what, what): Part(name, tensor.T.contiguous() if what in EMBEDDING and tensor.ndim == 2 else tensor)
         for what, (name, tensor) in parts.items()
     }
     shape = shapes[f"{path}.weight"]
@@ -240,7 +242,8 @@ def _with_alpha(parts: dict[str, Part], path: str, strength: Strength | None) ->
     """With an alpha, from which ComfyUI makes PEFT's factor."""
     if strength is None or "alpha" in parts:
         return parts
-    ranked = next((what for what in ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if what in parts), None)
+    with_rank = (*(first for first, _ in PAIRS), "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+    ranked = next((what for what in with_rank if what in parts), None)
     if ranked is not None:
         name, tensor = parts[ranked]
         scale = strength.scale(path, strength.rank if ranked.startswith("lokr") else len(tensor))

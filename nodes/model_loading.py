@@ -21,10 +21,9 @@ from ..lance_runtime.checkpoint import (
     model_tensors,
     pack_header,
     unpack_header,
-    vit_tensors,
 )
 from ..lance_runtime.components import build_lance
-from ..lance_runtime.dequantize import plain_tensors
+from ..lance_runtime.dequantize import plain_tensors, plain_vit_tensors
 from ..lance_runtime.files import HEADER_FILES, LATENT_RGB, header_of, read_config
 from ..lance_runtime.quant_formats import FULL_PRECISION
 from ..lance_runtime.tokenizer import LanceTokenizer
@@ -42,36 +41,37 @@ INT8_IN_PARTS = 7.5
 LEAST_MEMORY = 0.1  # bytes for weights: ComfyUI takes 0 for "all there is"
 
 
-# Of the embedding table only rows are read, and the head is read for answers alone: when memory is short, they wait outside.
-READ_SELDOM = tuple(f"diffusion_model.language_model.{name}" for name in ("model.embed_tokens", "lm_head"))
-LESS = 1e-15  # what makes any size the least
+HEAD, TABLE = (f"diffusion_model.language_model.{name}" for name in ("lm_head", "model.embed_tokens"))
 
 
 class Ranked:
     """Ranks weights by who reads them, where memory is short; ComfyUI ranks by size alone.
 
-    The understanding expert's are first: prompts and answers read no others, so that on a card for half the weights they
-    copy none, and drawing copies as many as before. What is seldom read is last.
+    The understanding expert's are first, which pictures, prompts and answers read: on a card for half the weights answers
+    copy little more than the head, and drawing copies as many as before. The head, read for answers alone, comes after both
+    experts. Last is the embedding table, of which only rows are read, in main memory (but all of it under a LoRA).
     """
 
     def _load_list(self, *args: Any, **more: Any) -> list[tuple]:
-        return [ranked(*entry) for entry in super()._load_list(*args, **more)]  # type: ignore[misc]
+        return [self._ranked(*entry) for entry in super()._load_list(*args, **more)]  # type: ignore[misc]
 
+    def _ranked(self, *entry: Any) -> tuple:
+        """An entry of ComfyUI's list: (ranks, size in memory, name, module, parameters).
 
-def ranked(*entry: Any) -> tuple:
-    """An entry of ComfyUI's list: (ranks, size in memory, name, module, parameters).
-
-    Plain management takes the highest first, and reserves room to copy by that rank: the experts are told apart among
-    equals only. The dynamic one takes the lowest first of (whether it is large, minus its size).
-    """
-    *ranks, memory, name, module, parameters = entry
-    if len(ranks) == 1:
-        ranks = [-1] if name in READ_SELDOM else [ranks[0] - ("_moe_gen" in name)]
-    elif name in READ_SELDOM:
-        ranks = [True, 1]
-    elif ranks[0] and "_moe_gen" in name:
-        ranks = [True, ranks[1] * LESS]
-    return (*ranks, memory, name, module, parameters)
+        The dynamic management takes the lowest first of (whether it is large, minus its size). The plain one takes the
+        highest first, and reserves room by that rank and by the sizes of the next modules: the experts are told apart among
+        equals only, and the head stands behind all products and before the norms, so that none of them waits for its size.
+        """
+        *ranks, memory, name, module, parameters = entry
+        if len(ranks) == 2:
+            ranks.insert(1, 2 if name in (HEAD, TABLE) else int("_moe_gen" in name))
+        elif name == HEAD:
+            ranks = [8 * module.in_features]  # a norm has at most 4 bytes for each
+        elif name == TABLE and f"{TABLE}.weight" not in self.patches:  # type: ignore[attr-defined]
+            ranks = [-1]
+        else:
+            ranks = [ranks[0] - ("_moe_gen" in name)]
+        return (*ranks, memory, name, module, parameters)
 
 
 class DynamicPatcher(Ranked, comfy.model_patcher.ModelPatcherDynamic):
@@ -106,7 +106,7 @@ def load_model(
     patcher_class = DynamicPatcher if dynamic else SharedPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())
     model.header = header
-    model.own_tower = vit_tensors(file) if has_own_vit(file) else {}
+    model.own_tower = plain_vit_tensors(file) if has_own_vit(file) else {}
     if not comfy.model_management.is_device_cpu(patcher.offload_device):  # --highvram: no copy in main memory
         model.to(patcher.offload_device)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())

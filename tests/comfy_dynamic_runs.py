@@ -197,6 +197,7 @@ def detours(nodes: Any) -> dict:
             fake_aimdo.CARD.resize(cards(graph)["half"])
         lora = adapters(graph)["layers"]
         hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=0.0)
+        first = runs.ask(nodes, graph, "what")
         beside, spoken = comfy.sd.load_bypass_lora_for_models(graph.model, graph.clip, lora, 1.0, 1.0)
         on_the_cpu = nodes_multigpu.SelectCLIPDeviceNode.execute(graph.clip, "cpu").result[0]
         weights = graph.model.state_dict_for_saving()
@@ -209,12 +210,15 @@ def detours(nodes: Any) -> dict:
                 "on the CPU": runs.ask(nodes, graph, "what", on_the_cpu),
                 "drawn after it": graph.draw(),
                 "said again": runs.ask(nodes, graph, "what"),
+                "said first": first,
                 "saved": float(sum(tensor.float().abs().sum() for tensor in weights.values())),
             }
         )
     plain, other = found
     report = {what: difference(other[what], plain[what]) for what in plain if what != "saved"}
     report["the hook acts"] = difference(plain["hook"], plain["no hook"])
+    report["beside acts"] = difference(plain["beside"], plain["drawn after it"])
+    report["said beside acts"] = plain["said beside"] != plain["said first"] == plain["said again"]
     report["saved"] = [one["saved"] for one in found]
     report["the CPU's"] = [type(on_the_cpu.patcher).__name__, str(on_the_cpu.patcher.load_device)]
     del kept

@@ -227,6 +227,28 @@ def low_memory(nodes: Any) -> dict:
     return report
 
 
+def ranks(patcher: Any, patched: Any, table: torch.nn.Module, head: torch.nn.Module) -> dict[str, Any]:
+    """In which order both kinds of memory management take the weights."""
+    report: dict[str, Any] = {}
+    ranked = sorted(patcher._load_list(for_dynamic=True))
+    report["last of the dynamic"] = [entry[-3] for entry in ranked[-2:]]
+    large = [(entry[-4], entry[-3]) for entry in ranked[:-2] if entry[0]]
+    experts = [[pair for pair in large if ("_moe_gen" in pair[1]) == gen] for gen in (False, True)]
+    by_size = [sorted((size for size, _ in expert), reverse=True) for expert in experts]
+    report["experts in turn"] = large == experts[0] + experts[1] and len(experts[1]) > 5
+    report["by size"] = [[size for size, _ in expert] for expert in experts] == by_size
+    plain = sorted(patcher._load_list(), reverse=True)
+    sizes = [entry[-4] for entry in plain if entry[-2] not in (table, head)]
+    report["plain by size"] = sizes == sorted(sizes, reverse=True)
+    place = [entry[-2] for entry in plain].index(head)
+    report["behind the head"] = sorted({type(entry[-2]).__name__ for entry in plain[place + 1 :]})
+    report["last of the plain"] = plain[-1][-3]
+    report["last under a LoRA"] = sorted(patched._load_list(), reverse=True)[-1][-3]
+    wide = [entry[-3] for entry in plain if entry[-3].endswith(("up_proj", "down_proj", "gate_proj"))]
+    report["plain experts in turn"] = wide == sorted(wide, key=lambda name: "_moe_gen" in name) and len(wide) > 10
+    return report
+
+
 def seldom(nodes: Any) -> dict:
     """Where the embedding table and the head are while memory is short, and that nothing depends on it."""
     graph = Graph(nodes)
@@ -242,19 +264,7 @@ def seldom(nodes: Any) -> dict:
     patched = comfy.sd.load_lora_for_models(graph.model, graph.clip, lora, 1.0, 1.0)[0]
     drawn, answer, changed = graph.draw(), graph.ask(), graph.draw(model=patched)
     report: dict[str, Any] = {"whole tables": len(whole), "the LoRA acts": float((changed - drawn).abs().max())}
-    ranked = sorted(patcher._load_list(for_dynamic=True))
-    report["last of the dynamic"] = [entry[-3] for entry in ranked[-2:]]
-    large = [(entry[-4], entry[-3]) for entry in ranked[:-2] if entry[0]]
-    experts = [[pair for pair in large if ("_moe_gen" in pair[1]) == gen] for gen in (False, True)]
-    by_size = [sorted((size for size, _ in expert), reverse=True) for expert in experts]
-    report["experts in turn"] = large == experts[0] + experts[1] and len(experts[1]) > 5
-    report["by size"] = [[size for size, _ in expert] for expert in experts] == by_size
-    plain = sorted(patcher._load_list(), reverse=True)
-    report["plain by size"] = [e[-4] for e in plain[:-2]] == sorted((e[-4] for e in plain[:-2]), reverse=True)
-    wide = [entry[-3] for entry in plain if entry[-3].endswith(("up_proj", "down_proj", "gate_proj"))]
-    report["plain experts in turn"] = wide == sorted(wide, key=lambda name: "_moe_gen" in name) and len(wide) > 10
-    loading = sys.modules[f"{PACK}.nodes.model_loading"]
-    report["dynamic"] = loading.DynamicPatcher._load_list is loading.Ranked._load_list
+    report |= ranks(patcher, patched, table, head)
     management.unload_all_models()
     management.is_device_cpu = lambda device: False
 
@@ -263,6 +273,14 @@ def seldom(nodes: Any) -> dict:
         return sorted(names[module] for module in kept if not getattr(module, "comfy_patched_weights", False))
 
     seldom_read = sum(management.module_size(module) for module in (table, head))
+    for streams in (0, 2):  # ComfyUI reserves room for as many modules that follow
+        management.NUM_STREAMS = streams
+        patcher.partially_load(patcher.load_device, patcher.model_size() - management.module_size(table) // 2)
+        report[f"outside, {streams} streams"] = sorted(
+            {type(graph.model.model.get_submodule(name)).__name__ for name in outside()}
+        )
+        patcher.detach()
+    management.NUM_STREAMS = 0
     widest = max(
         management.module_size(module) for module in names if isinstance(module, torch.nn.Linear) and module is not head
     )

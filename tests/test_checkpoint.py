@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lance_runtime import LancePipeline
+from lance_runtime import files as files_room
 from lance_runtime.checkpoint import (
     HEADER_TENSOR,
     POSITION_TABLE,
@@ -309,6 +310,15 @@ def test_wrapped_layers_and_old_buffers_do_not_matter(tree, drawn):
     assert draws(tree, drawn)
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "module"])
+def test_a_wrapped_language_model_is_no_conversion(tree, drawn, wrapper):
+    def change(tensors):
+        return {name.replace("language_model.", f"language_model.{wrapper}."): tensor for name, tensor in tensors.items()}
+
+    rewrite(tree / "Lance_3B" / "model.safetensors", change)
+    assert draws(tree, drawn)
+
+
 def test_weights_and_their_average_in_one_file_are_refused(tree):
     path = tree / "Lance_3B" / "model.safetensors"
     rewrite(path, lambda tensors: tensors | {"ema." + name: tensor.clone() for name, tensor in tensors.items()})
@@ -328,6 +338,13 @@ def test_pickles_under_every_name_are_read(tmp_path, suffix, key):
     found = TensorFile(tmp_path / f"old{suffix}")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert set(found) == set(expected)
+
+
+def test_settings_beside_the_weights_of_a_pickle_do_not_matter(tmp_path):
+    torch.save({"a": torch.ones(2), "model": {"lr": 1.0}}, tmp_path / "flat.pth")
+    torch.save({"state_dict": {"lr": 1.0}, "model": {"a": torch.ones(2)}}, tmp_path / "inside.pth")
+    for name in ("flat", "inside"):
+        assert list(TensorFile(tmp_path / f"{name}.pth")) == ["a"]
 
 
 TEXTS = ("the dog", "  a red hat, \n and a cat ", "A cat's “poster” 1234", "把背景换成草地。", "<|im_end|> as text")
@@ -459,6 +476,8 @@ def test_what_comfyuis_page_downloads_is_a_model(comfyui, drawn, of):
     (comfyui / "text_encoders" / "a_damaged.safetensors").write_bytes(b"x" * 40)
     (comfyui / "text_encoders" / "a_link.safetensors").symlink_to(comfyui / "nowhere.safetensors")
     (comfyui / "text_encoders" / "b_folder.safetensors").mkdir()
+    strange = json.dumps({"a": {"dtype": "F3_E1M1", "shape": [8], "data_offsets": [0, 3]}}).encode()  # of tomorrow
+    (comfyui / "text_encoders" / "c_new_type.safetensors").write_bytes(len(strange).to_bytes(8, "little") + strange + b"abc")
     assert draws(comfyui / of, drawn)
     sources = find_sources(comfyui / of, "image")
     assert sources.vit.path == comfyui / "text_encoders" / "qwen2.5_vl_vit.safetensors"
@@ -482,12 +501,37 @@ def test_the_hubs_tree_may_lie_deeper_in_comfyuis_folders(tmp_path, drawn, of):
     assert find_sources(tmp_path / "models", "video").model.path.parent.name == "Lance_3B_Video"
 
 
+@pytest.mark.parametrize("of", [".", "models", "models/unet/Lance_3B.safetensors"])
+def test_comfyuis_older_folders_and_links_count_as_well(comfyui, drawn, of):
+    elsewhere = comfyui.parent / "elsewhere"
+    elsewhere.mkdir()
+    (comfyui / "diffusion_models").rename(comfyui / "unet")
+    (comfyui / "text_encoders").rename(elsewhere / "towers")
+    (comfyui / "clip").mkdir()
+    (comfyui / "clip" / "linked").symlink_to(elsewhere / "towers", target_is_directory=True)
+    assert draws(comfyui.parent / of, drawn)
+    assert find_sources(comfyui.parent / of, "image").vit.path == comfyui / "clip" / "linked" / "qwen2.5_vl_vit.safetensors"
+
+
+def test_a_file_at_the_root_has_no_tree_around_it():
+    assert files_room._homes(Path("/lance.safetensors"), Path("/lance.safetensors")) == [Path("/")]
+
+
+def test_a_type_that_safetensors_does_not_know_is_named(tmp_path):
+    header = json.dumps({"a": {"dtype": "F3_E1M1", "shape": [8], "data_offsets": [0, 3]}}).encode()
+    (tmp_path / "new.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
+    message = refusal(TensorFile, tmp_path / "new.safetensors")
+    assert message.startswith(f"new.safetensors ({8 + len(header) + 3} bytes) cannot be read by safetensors ")
+
+
 def test_words_alone_need_no_vision_tower(tree, drawn):
     shutil.rmtree(tree / "Qwen2.5-VL-ViT")
     assert "The vision tower was not found" in refusal(load, tree)
     pipe = load(tree, vit="none")
     assert pipe.components.vision is None
     assert torch.equal(pipe(**tasks.arguments("t2i")).latents, drawn)
+    clip = load(tree, "video", vit="none")(**tasks.arguments("i2v"))
+    assert clip.latents.isfinite().all()
     message = refusal(pipe, **tasks.arguments("image_edit"))
     assert message.startswith("1 pictures are to be seen by a model without its vision tower (vit='none').")
 

@@ -68,6 +68,8 @@ def test_loras_by_hooks_and_beside_and_a_clip_on_the_cpu():
     assert found["the CPU's"] == ["ModelPatcher", "cpu"]
     assert found["saved"][0] == found["saved"][1] > 0
     assert found["the hook acts"] > 0.1
+    assert found["beside acts"] > 0.1
+    assert found["said beside acts"]
     assert found["beside"] < 0.01  # ComfyUI rounds it to the type of the file's weights
     for what in ("hook", "no hook", "said beside", "on the CPU", "drawn after it", "said again"):
         assert found[what] == 0, what

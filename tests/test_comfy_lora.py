@@ -73,6 +73,13 @@ BY_PEFT = {
 }
 
 
+# How files call the two matrices of a module.
+WORDS = {
+    "peft": (".lora_A.weight", ".lora_B.weight"),
+    "kohya": (".lora_down.weight", ".lora_up.weight"),
+    "old_diffusers": (".lora.down.weight", ".lora.up.weight"),
+    "bare": (".lora_A", ".lora_B"),
+}
 # diffusers' settings in a header, and what the report says of them; None: refused.
 SETTINGS = {
     "nothing": ("null", ""),
@@ -85,6 +92,7 @@ SETTINGS = {
     "no_number": ('{"lora_alpha": {}}', None),
     "list": ("[1]", None),
     "ia3": ('{"peft_type": "IA3"}', "says that this is IA3; of PEFT's kinds ComfyUI can apply 3: LORA, LOHA, LOKR."),
+    "no_pattern": ('{"lora_alpha": 8, "alpha_pattern": {"*q_proj": 2}}', None),
     "pissa": ('{"lora_alpha": 8, "init_lora_weights": "pissa"}', "says that training began with pissa"),
 }
 
@@ -143,7 +151,12 @@ def server(comfy_models, by_peft, tmp_path_factory):
     # diffusers writes the settings into the header instead.
     settings = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 16})
     matrices_by_peft = load_file(by_peft[0] / "alpha" / "adapter_model.safetensors")
-    save_file(matrices_by_peft, folder / "header.safetensors", {"lora_adapter_metadata": settings})
+    for name, words in WORDS.items():
+        renamed = {
+            key.replace(".lora_A.weight", words[0]).replace(".lora_B.weight", words[1]): matrices_by_peft[key]
+            for key in matrices_by_peft
+        }
+        save_file(renamed, folder / f"header_{name}.safetensors", {"lora_adapter_metadata": settings})
     for name, (text, _) in SETTINGS.items():
         save_file(tensors("und", "bare"), folder / f"settings_{name}.safetensors", {"lora_adapter_metadata": text})
     # Another trainer's file, beside the configuration of one that PEFT saved; its matrices count as they are.
@@ -153,6 +166,7 @@ def server(comfy_models, by_peft, tmp_path_factory):
     files["of_7b"] = {PEFT + f"model.layers.1.self_attn.q_proj.lora_{x}.weight": torch.ones(2, 3584) for x in "AB"}
     files["of_7b"][PEFT + "model.layers.1.self_attn.q_proj.lora_B.weight"] = torch.ones(3584, 2)
     files["flat"] = {PEFT + f"model.layers.1.self_attn.q_proj.lora_{x}.weight": torch.ones(256) for x in "AB"}
+    files["adalora"] = files["und_peft"] | {PEFT + f"{LAYER}self_attn.q_proj.lora_E": torch.ones(RANK, 1)}
     files["half"] = {name: tensor for name, tensor in files["und_peft"].items() if "v_proj.lora_B" not in name}
     for kind in ("hada", "lokr"):
         factors = {f"{kind}_w{x}": torch.ones(64, 64) for x in ("1_a", "1_b", "2_a", "2_b")}
@@ -280,13 +294,15 @@ def test_settings_that_cannot_be_read_are_named(server, name):
     else:
         said = said or f"({len(text)} characters) does not say how strong"
         assert result.error["exception_message"].startswith(f"the header of settings_{name}.safetensors {said}")
-        assert name in ("no_json", "no_number", "list", "ia3", "pissa")
+        assert name in ("no_json", "no_number", "no_pattern", "list", "ia3", "pissa")
 
 
-def test_alpha_in_the_header(server, by_peft):
-    latents, _, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", "header"))
+@pytest.mark.parametrize("name", WORDS)
+def test_alpha_in_the_header(server, by_peft, name):
+    latents, _, result = drawn_and_said(server, lora_node("LanceNativeLoraLoader", f"header_{name}"))
     assert difference(latents, by_peft[1]["alpha"][1.0]) < TOLERANCE
-    assert result.outputs["report"]["text"] == ["30 of 30 tensors placed. Alpha is 16, says the header of header.safetensors."]
+    said = f"30 of 30 tensors placed. Alpha is 16, says the header of header_{name}.safetensors."
+    assert result.outputs["report"]["text"] == [said]
 
 
 def test_half_a_pair_is_left_out(server, plain):
@@ -315,6 +331,14 @@ def test_a_lora_of_another_model_is_refused(server, plain, name):
     count = {"flat": 2, "of_7b": 2, "hada_of_7b": 4, "lokr_of_7b": 4}.get(name, 1)
     assert error["exception_message"].startswith(f"None of the {count} tensors of {name}.safetensors fits Lance")
     assert torch.equal(drawn_and_said(server)[0], plain[0])
+
+
+def test_what_acts_in_peft_alone_is_refused_without_its_settings(server):
+    graph = {**base(), "lora": lora_node("LanceNativeLoraLoader", "adalora")}
+    graph["lora"]["inputs"].update(model=["load", 0], clip=["load", 1])
+    graph["report"] = node("PreviewAny", source=["lora", 2])
+    message = server.run(graph, check=False).error["exception_message"]
+    assert message.startswith("The file says that this is ADALORA; of PEFT's kinds ComfyUI can apply 3")
 
 
 def test_a_file_that_was_cut_off_is_named(server):

@@ -59,12 +59,16 @@ def test_weights_are_ranked_by_who_reads_them_when_memory_is_short():
     found = report("seldom")
     names = [f"diffusion_model.language_model.{name}" for name in ("lm_head", "model.embed_tokens")]
     assert found["outside"] == sorted(found["last of the dynamic"]) == names
-    assert found["dynamic"]
+    assert found["last of the plain"] == names[1]
+    assert found["last under a LoRA"] != names[1]
+    assert found["behind the head"] == ["Embedding", "RMSNorm"]
+    assert found["outside, 0 streams"] == ["Embedding"]
+    assert "Linear" not in found["outside, 2 streams"]  # answers read the head where it is
     assert all(found[what] for what in ("experts in turn", "by size", "plain experts in turn", "plain by size"))
     assert found["loaded"] == found["all but these"]
     assert found["passing"]
     assert found["whole tables"] == 0
-    assert found["tables of a LoRA"] > 0
+    assert found["tables of a LoRA"] == 0  # all of it is read, so that it has a place
     assert [found["drawn"], found["answered"]] == [0, True]
     assert found["with a LoRA"] < 1e-4
     assert found["the LoRA acts"] > 1e-3

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from lance_runtime import LancePipeline
 from lance_runtime.__main__ import main
-from lance_runtime.checkpoint import TensorFile, identify
+from lance_runtime.checkpoint import TensorFile, identify, pack_header
 from lance_runtime.convert import convert
-from lance_runtime.dequantize import plain_tensors
+from lance_runtime.dequantize import plain_tensors, plain_vit_tensors
 from lance_runtime.quant_error import Settings, compare
 from lance_runtime.quant_formats import FORMATS, NATIVE, tile_scales, untile_scales
 from lance_runtime.quantize import Plan, quantize
 
+VIDEO_MODEL = MODEL.parents[1] / "Lance_3B_Video" / "model.safetensors"
 # Measured on weights of a normal distribution; a coarser format than the name says would show.
 ERRORS = {"fp8": 0.027, "int8": 0.008, "nvfp4": 0.097, "mxfp8": 0.027}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -39,8 +40,8 @@ def refusal(call, *args, **options):
     return str(caught.value)
 
 
-def load(folder, dtype=torch.float32):
-    return LancePipeline.from_pretrained(folder, "image", device="cpu", dtype=dtype)
+def load(folder, dtype=torch.float32, **options):
+    return LancePipeline.from_pretrained(folder, "image", device="cpu", dtype=dtype, **options)
 
 
 # Formats
@@ -338,7 +339,35 @@ def test_a_header_may_name_any_layer(trees, tmp_path, layer):
     assert torch.equal(plain_tensors(TensorFile(path))[f"{name}.weight"], FORMATS["fp8"].decode(parts))
     del named[f"model.diffusion_model.{name}.weight"]
     save_file(named, path, metadata={"_quantization_metadata": json.dumps(said)})
-    assert f"says how {name} is quantised, but holds 0 of its weights" in refusal(plain_tensors, TensorFile(path))
+    for beside in ("llm_config.json", "tokenizer.json", "../Wan2.2_VAE.pth"):
+        shutil.copy(MODEL.parent / beside, tmp_path)
+    assert f"1 tensors are missing ({name}.weight)" in refusal(load, path, vit="none")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("header", [False, True])
+def test_a_quantised_tower_within_the_checkpoint_is_read(tmp_path, prefix, header):
+    """Some tools quantise every linear layer of a file."""
+    stored, metadata = load_file(VIDEO_MODEL), {}
+    layers = [name.removesuffix(".weight") for name in stored if name.startswith("vit_model.") and ".mlp." in name]
+    layers = [layer for layer in layers if f"{layer}.weight" in stored]
+    expected = {}
+    for layer in layers:
+        parts = FORMATS["fp8"].encode(stored.pop(f"{layer}.weight").float())
+        expected[layer.removeprefix("vit_model.") + ".weight"] = FORMATS["fp8"].decode(parts)
+        stored |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+        if not header:
+            stored[f"{layer}.comfy_quant"] = pack_header({"format": "float8_e4m3fn"})
+    if header:
+        said = {"layers": {prefix + layer: {"format": "float8_e4m3fn"} for layer in layers}}
+        metadata["_quantization_metadata"] = json.dumps(said)
+    path = tmp_path / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in stored.items()}, path, metadata=metadata)
+    tower = plain_vit_tensors(TensorFile(path))
+    assert len(expected) > 3
+    assert all(torch.equal(tower[name], weight) for name, weight in expected.items())
+    assert set(tower) == set(plain_vit_tensors(TensorFile(VIDEO_MODEL)))
+    assert len(plain_tensors(TensorFile(path))) == len(plain_tensors(TensorFile(VIDEO_MODEL)))
 
 
 def test_the_first_kind_of_scaled_fp8_is_read(trees, tmp_path):
@@ -445,6 +474,18 @@ def test_the_communitys_files_say_where_to_go(tmp_path):
         message = refusal(load, tmp_path / name)
         assert words in message
         assert "lance_runtime convert" in message
+
+
+def test_what_loading_takes_conversion_takes(tmp_path):
+    """An old buffer is left alone; two tensors of one weight are refused."""
+    community_awq(tmp_path / "a.safetensors")
+    stored = load_file(tmp_path / "a.safetensors")
+    buffer = {"language_model.model.rotary_emb.inv_freq": torch.ones(16)}
+    save_file(stored | buffer, tmp_path / "a.safetensors")
+    assert convert(TensorFile(tmp_path / "a.safetensors"), tmp_path / "out.safetensors", folder=MODEL.parent) == 42
+    save_file(stored | {"ema.llm2vae.bias": torch.ones(48)}, tmp_path / "a.safetensors")
+    message = refusal(convert, TensorFile(tmp_path / "a.safetensors"), tmp_path / "new.safetensors", folder=MODEL.parent)
+    assert message.startswith("2 tensors of the file are one weight of the network: ")
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path):
