@@ -150,5 +150,5 @@ def _values(segment: Segment, config: LanceConfig) -> Tensor:
 def _visual_rope(engine: Engine, positions: Tensor) -> Streams:
     """Tables of a latent visual: its first and last position for the vision tokens, the rest for the latents."""
     table = engine.rope(positions)
-    ends = Rope(*(part[:, :, :: part.shape[2] - 1].contiguous() for part in table))
-    return Streams(ends, Rope(*(part[:, :, 1:-1].contiguous() for part in table)))
+    ends = Rope(*(part[:, :: part.shape[1] - 1].contiguous() for part in table))
+    return Streams(ends, Rope(*(part[:, 1:-1].contiguous() for part in table)))

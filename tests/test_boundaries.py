@@ -21,7 +21,7 @@ ORDER = [
     "positions",
     "context",
     "model.rope",
-    "model.linear",
+    "model.layers",
     "model.attention",
     "model.embeddings",
     "model.transformer",

@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from lance_runtime import Guidance, LancePipeline
-from lance_runtime.model import linear
-from lance_runtime.model.linear import Linear, row_product
+from lance_runtime.model import layers as layers_room
+from lance_runtime.model.layers import Linear, RMSNorm, row_product
 from lance_runtime.model.transformer import Lance
 
 
@@ -98,12 +98,26 @@ def test_a_linear_layer_is_torchs(dtype, tolerance, shape, rows, bias, traced):
 
 def test_one_row_goes_its_own_way(monkeypatch):
     seen = []
-    monkeypatch.setattr(linear, "row_product", lambda row, weight: seen.append(len(row)) or row_product(row, weight))
+    monkeypatch.setattr(layers_room, "row_product", lambda row, weight: seen.append(len(row)) or row_product(row, weight))
     layer = Linear(40, 48)
     layer(torch.randn(1, 1, 40))
     layer(torch.randn(1, 2, 40))
     layer.bfloat16()(torch.randn(1, 1, 40, dtype=torch.bfloat16))
     assert seen == [40]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_norm_is_torchs(dtype, tolerance, graded):
+    torch.manual_seed(0)
+    layer, x = RMSNorm(96, eps=1e-6), 1000 * torch.randn(2, 5, 3, 96)
+    layer.weight.data.normal_()
+    x[0, 0] = 0
+    expected = torch.nn.functional.rms_norm(x, (96,), layer.weight, 1e-6)
+    with torch.set_grad_enabled(graded):
+        found = layer.to(dtype)(x.to(dtype))
+    assert (found.dtype, found.requires_grad) == (dtype, graded)
+    assert (found.float() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_a_mode_of_torch_compile_is_passed_on(monkeypatch):

@@ -78,6 +78,11 @@ def test_the_bench_counts_what_a_step_multiplies(monkeypatch, capsys):
     a_token = hidden * (2 * hidden + 2 * keys) + 3 * hidden * inner  # q and o, k and v, MLP
     glue = latents * 2 * 48 * hidden + 256 * hidden + hidden * hidden  # into and out of the model, one time
     linear = 2 * 2 * (3 * (latents + vision) * a_token + glue)
+    bench.bench_decode(bench.Bench(options), engine, bench.make_context(options, config, target))
+    answered = bench.json.loads(capsys.readouterr().out)
+    assert answered["tokens"] == options.tokens
+    assert answered["weights_gb"] == pytest.approx(4 * (3 * a_token + config.vocab_size * hidden) / 1e9, rel=1e-3)
+
     prefix = bench.SYSTEM_TOKENS + 9 + bench.CLOSING_TOKENS
     attention = 2 * 3 * 4 * (latents + vision) * (latents + vision + prefix) * hidden
     assert found["linear_gflop"] == pytest.approx(linear / 1e9, rel=1e-3)

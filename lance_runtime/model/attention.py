@@ -94,7 +94,8 @@ class SelfAttention(nn.Module):
         q, k, v = (self._heads(getattr(self, f"{name}_proj{expert}")(hidden)) for name in "qkv")
         q = rope.rotate(getattr(self, f"q_norm{expert}")(q))
         k = rope.rotate(getattr(self, f"k_norm{expert}")(k))
-        return q, k, v
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        """(B, L, heads * head_dim) -> (B, L, heads, head_dim), in which rows of a head lie side by side to be normed."""
+        return x.unflatten(-1, (-1, self.head_dim))

@@ -12,19 +12,22 @@ from ..config import LanceConfig
 
 
 class Rope(NamedTuple):
-    """Cosines and sines (B or 1, 1, L, head_dim / 2) of every token's rotary angles."""
+    """Cosines and sines (B or 1, L, 1, head_dim / 2) of every token's rotary angles."""
 
     cos: Tensor
     sin: Tensor
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Turn the pairs (x_i, x_{i + d/2}) of heads (B, H, L, d) by the angles."""
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
+        """Turn the pairs (x_i, x_{i + d/2}) of heads (B, L, H, d) by the angles; three kernels, and one tensor."""
+        pairs = x.unflatten(-1, (2, -1))
+        turned = pairs * self.cos[..., None, :]
+        turned[..., 0, :].addcmul_(pairs[..., 1, :], self.sin, value=-1)
+        turned[..., 1, :].addcmul_(pairs[..., 0, :], self.sin)
+        return turned.flatten(-2)
 
     def at(self, index: int) -> Rope:
         """The table of one token."""
-        return Rope(*(part[:, :, index : index + 1] for part in self))
+        return Rope(*(part[:, index : index + 1] for part in self))
 
     @classmethod
     def stack(cls, tables: Sequence[Rope], repeats: int) -> Rope:
@@ -54,7 +57,7 @@ def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     axes = torch.arange(3, device=positions.device)
     axis = axes.repeat_interleave(sections, output_size=config.head_dim // 2)  # told, since a device would have to wait
     angles = positions.float()[:, axis].transpose(1, 2) * frequencies  # (B, L, head_dim / 2)
-    return Rope(angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype))
+    return Rope(angles.cos()[:, :, None].to(dtype), angles.sin()[:, :, None].to(dtype))
 
 
 def frequencies_are_rounded(config: LanceConfig, dtype: torch.dtype, device: torch.device) -> bool:

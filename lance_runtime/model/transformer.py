@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import LanceConfig
 from ..types import LatentShape
-from . import linear
+from . import layers
 from .attention import SelfAttention
 from .embeddings import TimestepEmbedder
 from .rope import Rope
@@ -152,13 +152,13 @@ class LanguageModel(nn.Module):
 class Lance(nn.Module):
     """The whole network; its module tree is the checkpoint's.
 
-    operations: namespace of ``Linear``, ``Embedding`` and ``RMSNorm`` with torch.nn's signatures (default: ``linear``).
+    operations: namespace of ``Linear``, ``Embedding`` and ``RMSNorm`` with torch.nn's signatures (default: ``layers``).
     """
 
     def __init__(
         self,
         config: LanceConfig,
-        operations: Any = linear,
+        operations: Any = layers,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:

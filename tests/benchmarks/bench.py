@@ -32,6 +32,7 @@ from lance_runtime.context import Context, Segment, VisionTokens, layout  # noqa
 from lance_runtime.decode import decode  # noqa: E402
 from lance_runtime.denoise import predict_velocity  # noqa: E402
 from lance_runtime.engine import Engine  # noqa: E402
+from lance_runtime.kv_cache import KVCache  # noqa: E402
 from lance_runtime.prefill import Branch, branch, prefill  # noqa: E402
 from lance_runtime.terminal import DTYPES  # noqa: E402
 from lance_runtime.types import LatentShape, Modality, PixelShape  # noqa: E402
@@ -158,14 +159,15 @@ def bench_prefill(bench: Bench, engine: Engine, context: Context) -> None:
 def bench_decode(bench: Bench, engine: Engine, context: Context) -> None:
     """Tokens a second, and what share that is of reading their weights at the rate of a plain copy, in turns."""
     cache, states = prefill(engine, layout(context))
+    read = [cache.committed(index) for index in range(len(cache.layers))]
     vocabulary, tokens = engine.model.config.vocab_size, bench.options.tokens
     source = torch.zeros(COPIED, dtype=torch.uint8, device=engine.device)
     target = torch.empty_like(source)
 
     def run(engine: Engine = engine) -> None:
-        answer = decode(
-            engine, cache.clone(), states[:, -1:], cache.length, vocabulary=vocabulary, stop=-1, max_new_tokens=tokens
-        )
+        own = KVCache(engine.model.config, cache.length + tokens, engine.dtype, engine.device)
+        own.fill(read)
+        answer = decode(engine, own, states[:, -1:], own.length, vocabulary=vocabulary, stop=-1, max_new_tokens=tokens)
         assert len(list(answer)) == tokens
 
     counted = count(engine, run)

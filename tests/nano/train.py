@@ -147,7 +147,7 @@ def _through(model: Lance, batch: Batch, hidden: Streams, und_rows: Tensor, gen_
     sees = torch.cat([torch.arange(first), order])
     mask = visible(batch.layout.split_lens, batch.layout.attn_modes)[order][:, sees]
     rope = rope_table(CONFIG, batch.layout.positions[:, order], torch.float32)
-    parts = [Rope(*(part[:, :, rows] for part in rope)) for rows in (slice(0, count), slice(count, None))]
+    parts = [Rope(*(part[:, rows] for part in rope)) for rows in (slice(0, count), slice(count, None))]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if opening:

@@ -1,4 +1,4 @@
-"""The layers that the network is made of outside ComfyUI: torch's own, with a linear layer that a CPU decodes quickly.
+"""The layers that the network is made of outside ComfyUI: torch's own, two of them with a quicker way on a CPU.
 
 A token of an answer is one row: its products do little but read the weights. torch's own product of one row reads them at
 half to two thirds of the memory's rate, for want of threads in float32 and of arithmetic in bfloat16.
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-Embedding, RMSNorm = nn.Embedding, nn.RMSNorm
+Embedding = nn.Embedding
 PARTS = 16  # slices that a weight is cut into, one for each thread
 
 
@@ -24,6 +24,17 @@ class Linear(nn.Linear):
             return super().forward(x)
         product = row_product(x.flatten(), self.weight)
         return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], -1)
+
+
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm``; on a CPU, for which torch has no kernel of it, the same numbers in fewer passes over the rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = lengths.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return (x * scale).mul_(self.weight).to(x.dtype)
 
 
 def row_product(row: Tensor, weight: Tensor) -> Tensor:
