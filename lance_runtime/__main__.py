@@ -80,6 +80,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on an accelerator, float32 on a CPU")
     group.add_argument("--offload", choices=OFFLOAD_KINDS, default="none", help="keep parts of the model off the device")
     group.add_argument("--compile", action="store_true", help="torch.compile the layers: slow at first, faster after")
+    group.add_argument(
+        "--cuda-graphs", action="store_true", help="for a card that waits for its host: launch a step as a whole"
+    )
     group.add_argument("--tiled-vae", action="store_true", help="encode and decode pictures in tiles, in less memory")
 
 
@@ -168,6 +171,7 @@ def run(options: argparse.Namespace) -> str:
         offload=options.offload,
         tiled_vae=options.tiled_vae,
         compile=options.compile,
+        cuda_graphs=options.cuda_graphs,
     )
     with Progress(options.task, "token" if options.task in UNDERSTANDING_TASKS else "step") as progress:
         out = pipe(options.task, options.prompt, progress=progress, **arguments)

@@ -30,10 +30,11 @@ class Components:
     vision_config: VisionConfig | None
     device: torch.device
     dtype: torch.dtype
+    cuda_graphs: bool = False
 
     @property
     def engine(self) -> Engine:
-        return Engine(self.model, self.dtype, self.device)
+        return Engine(self.model, self.dtype, self.device, cuda_graphs=self.cuda_graphs)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -47,7 +48,9 @@ def build_lance(config: LanceConfig) -> Lance:
     return model.train(False).requires_grad_(False)
 
 
-def load_components(sources: Sources, dtype: torch.dtype, device: torch.device, weights_on: torch.device) -> Components:
+def load_components(
+    sources: Sources, dtype: torch.dtype, device: torch.device, weights_on: torch.device, cuda_graphs: bool = False
+) -> Components:
     """Build and load all parts. weights_on: where the weights are put first (the CPU where they are offloaded)."""
     model = build_lance(sources.config)
     assign(model, plain_tensors(sources.model), dtype, weights_on, in_main_memory=EMBED_KEY)  # its rows are looked up there
@@ -58,7 +61,7 @@ def load_components(sources: Sources, dtype: torch.dtype, device: torch.device, 
         restore_buffers(vision, weights_on)
     vae = WanVAE.from_tensors(TensorFile(sources.vae), dtype=dtype, device=weights_on)
     vae.device = device  # where it computes; an offloading hook brings its weights there
-    return Components(model, vision, vae, sources.tokenizer, sources.vision, device, dtype)
+    return Components(model, vision, vae, sources.tokenizer, sources.vision, device, dtype, cuda_graphs)
 
 
 def assign(

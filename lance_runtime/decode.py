@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .context import Layout
 from .engine import Engine
 from .kv_cache import ANSWER_ROOM, KVCache
-from .model.attention import without_cudnn_attention
+from .model.attention import full_attention, without_cudnn_attention
 from .model.rope import Rope
 from .model.transformer import Streams
 from .prefill import prefill
+from .recorded import Recorded
 from .tokenizer import IM_END, LanceTokenizer
+
+# Tokens of an answer that a recording pays for; and keys, which attention under a mask does not share out among processors.
+LEAST_RECORDED, MOST_KEYS_RECORDED = 32, 4096
+MASK_MULTIPLE = 16  # what torch would pad a mask to, in every layer
 
 
 @dataclass(frozen=True)
@@ -109,22 +116,60 @@ def decode(
     written: list[int] = []
     for step in range(max_new_tokens):
         if step % ANSWER_ROOM == 0:
-            more = min(ANSWER_ROOM, max_new_tokens - step)
-            cache.reserve(more)
-            rope = engine.rope((position + step + torch.arange(more)).expand(3, -1))
+            read = token_reader(engine, cache, position + step, min(ANSWER_ROOM, max_new_tokens - step))
         logits = engine.model.logits(last)[0, -1, :vocabulary].float()
         token = sampling.choose(logits, written, generator)
         if token == stop:
             return
         written.append(token)
         if step + 1 < max_new_tokens:  # before the caller has it: a device works on while the text is shown
-            last = next_states(engine, cache, token, rope.at(step % ANSWER_ROOM))
+            last = read(token, step % ANSWER_ROOM)
         yield token
 
 
 def check_length(max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} leaves nothing to write.\nUse 1 or more; the default is 256.")
+
+
+def token_reader(engine: Engine, cache: KVCache, position: int, tokens: int) -> Callable[[int, int], Tensor]:
+    """What reads up to so many tokens of an answer into the cache, from a rope position on.
+
+    It is given a token's id and how many it has read before, and returns the token's final states (1, 1, D).
+    """
+    rope = engine.rope((position + torch.arange(tokens)).expand(3, -1))
+    pays = tokens >= LEAST_RECORDED and cache.length + tokens <= MOST_KEYS_RECORDED
+    if not (engine.cuda_graphs and pays) or cache.begin:
+        cache.reserve(tokens)
+        return lambda token, place: next_states(engine, cache, token, rope.at(place))
+    cache.reserve(tokens + MASK_MULTIPLE - 1)
+    recorded = Recorded(partial(states_in_place, engine, cache, rope, cache.length))
+
+    def read(token: int, place: int) -> Tensor:
+        states = recorded(engine.embed([token]), torch.tensor([place], device=engine.device))
+        cache.commit(1)
+        return states
+
+    return read
+
+
+@without_cudnn_attention()
+def states_in_place(engine: Engine, cache: KVCache, rope: Rope, first: int, row: Tensor, place: Tensor) -> Tensor:
+    """``next_states`` in which no number of the host's changes from token to token.
+
+    row: the token's embedding (1, 1, D). place (1): its place in the rotary table, and behind the first so many tokens of
+    the cache. Attention sees all places of the cache, and a mask keeps out those that are not written yet.
+    """
+    at, room = place + first, cache.capacity // MASK_MULTIPLE * MASK_MULTIPLE
+    later = torch.arange(room, device=at.device) > at
+    mask = torch.zeros(1, room, dtype=row.dtype, device=at.device).masked_fill(later, -math.inf)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (part[:, :, :room] for part in cache.write(layer, k, v, at))
+        return full_attention(q, keys, values, partial(F.scaled_dot_product_attention, attn_mask=mask))
+
+    table = Rope(*(part.index_select(1, place) for part in rope))
+    return engine.run(Streams(und=row), Streams(und=table), attend).und
 
 
 @without_cudnn_attention()

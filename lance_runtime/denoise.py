@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from .model.attention import without_cudnn_attention
 from .model.rope import Rope
 from .model.transformer import Streams
 from .prefill import Branch
+from .recorded import Recorded
 from .types import LatentShape, Modality
 
 # Above this many target tokens, branches run one after another: their activations cost more than a pass over the weights.
@@ -109,6 +109,20 @@ def predict_velocity(engine: Engine, latents: Tensor, timesteps: Tensor, branche
     return engine.model.velocity(hidden.gen, LatentShape(*latents.shape[2:]))
 
 
+class RecordedVelocity:
+    """``predict_velocity`` of an engine, recorded for each set of branches; lives as long as their run."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.recorded: dict[tuple[Branch, ...], Recorded] = {}
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, branches: Sequence[Branch]) -> Tensor:
+        def run(latents: Tensor, timesteps: Tensor) -> Tensor:
+            return predict_velocity(self.engine, latents, timesteps, branches)
+
+        return self.recorded.setdefault(tuple(branches), Recorded(run))(latents, timesteps)
+
+
 class Branches:
     """The guidance branches, each prefilled when it is first needed."""
 
@@ -153,21 +167,26 @@ def denoise(
         latents[:, :, given.frames] = given.latents.to(latents)
         moving[given.frames] = 0
     free = None if given is None else moving.nonzero().flatten()
+    few = RecordedVelocity(engine) if engine.cuda_graphs else partial(predict_velocity, engine)
     for index, (sigma, following) in enumerate(pairwise(sigmas)):
         timesteps = (float(sigma) * moving).expand(noise.shape[0], -1)
-        velocities = _velocities(engine, latents, timesteps, branches.at(sigma, guidance))
+        velocities = _velocities(engine, few, latents, timesteps, branches.at(sigma, guidance))
         velocity = guidance.combine(velocities, free)
         latents = latents - velocity * (moving.view(1, 1, -1, 1, 1) * float(sigma - following))
         yield Step(index, float(following), latents)
 
 
-def _velocities(engine: Engine, latents: Tensor, timesteps: Tensor, branches: Sequence[Branch]) -> list[Tensor]:
-    """One float32 velocity a branch: together while their tokens are few, else one after another."""
+def _velocities(
+    engine: Engine, few: Callable[..., Tensor], latents: Tensor, timesteps: Tensor, branches: Sequence[Branch]
+) -> list[Tensor]:
+    """One float32 velocity a branch: together while their tokens are few, else one after another.
+
+    few: ``predict_velocity`` of this engine for few tokens.
+    """
     batch, count = latents.shape[0], len(branches)
     x = latents.to(engine.dtype)
     tokens = batch * count * x[0, 0].numel()
-    with without_cudnn_attention() if tokens <= BATCHED_TOKENS else nullcontext():  # prompts of any length are new shapes
-        if count > 1 and tokens <= BATCHED_TOKENS:
-            repeated = x.repeat(count, 1, 1, 1, 1), timesteps.repeat(count, 1)
-            return list(predict_velocity(engine, *repeated, branches).float().split(batch))
+    if tokens > BATCHED_TOKENS:
         return [predict_velocity(engine, x, timesteps, [branch]).float() for branch in branches]
+    with without_cudnn_attention():  # prompts of any length are new shapes
+        return list(few(x.repeat(count, 1, 1, 1, 1), timesteps.repeat(count, 1), branches).float().split(batch))

@@ -19,7 +19,8 @@ class Engine:
     """A network, the type and device of its hidden states, and the host's hooks.
 
     attention: the backend. layer_hook: see ``Lance.run_layers``. attention_hook: may change what attention gave the tokens of a
-    target, (B, 2 + tokens, H * d), the two vision tokens first.
+    target, (B, 2 + tokens, H * d), the two vision tokens first. cuda_graphs: steps of few tokens and the tokens of answers are
+    launched as graphs (``recorded``).
     """
 
     model: Lance
@@ -28,6 +29,7 @@ class Engine:
     attention: AttentionFunction = sdpa
     layer_hook: LayerHook | None = None
     attention_hook: Callable[[Tensor], Tensor] | None = None
+    cuda_graphs: bool = False
 
     def embed(self, ids: list[int]) -> Tensor:
         """Embeddings (1, L, D) of token ids."""

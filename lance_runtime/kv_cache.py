@@ -22,7 +22,8 @@ class KVCache:
 
     def __init__(self, config: LanceConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (2, 1, config.num_key_value_heads, capacity, config.head_dim)
-        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        # Zeros: a mask keeps out what is not written yet, but not if it is NaN.
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.shared: list[tuple[Tensor, ...]] = [() for _ in self.layers]  # the parents' parts, oldest first
         self.length = self.begin = 0  # tokens in all, and those that lie in ``shared``
 
@@ -40,7 +41,7 @@ class KVCache:
         needed = self.length + tokens
         if needed > self.capacity:
             for index, layer in enumerate(self.layers):  # one by one, so that not all are there twice
-                store = layer.new_empty(*layer.shape[:3], needed - self.begin, layer.shape[4])
+                store = layer.new_zeros(*layer.shape[:3], needed - self.begin, layer.shape[4])
                 store[:, :, :, : self.length - self.begin] = self._own(index)
                 self.layers[index] = store
 
@@ -60,6 +61,13 @@ class KVCache:
         if self.begin:
             found = torch.cat([*self.shared[layer], found], dim=3)
         return found[0], found[1]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """``append`` of one token (no fork has it) whose place (1) a tensor tells; returns all that there is room for."""
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, at, k)
+        values.index_copy_(2, at, v)
+        return keys, values
 
     def commit(self, tokens: int) -> None:
         self.length += tokens
@@ -86,7 +94,7 @@ class KVCache:
         fork.length = fork.begin = length
         fork.shared = [tuple(self._first(index, length)) for index in range(len(self.layers))]
         own = max(capacity - length, 0)
-        fork.layers = [layer.new_empty(*layer.shape[:3], own, layer.shape[4]) for layer in self.layers]
+        fork.layers = [layer.new_zeros(*layer.shape[:3], own, layer.shape[4]) for layer in self.layers]
         return fork
 
     def committed(self, layer: int) -> Tensor:

@@ -29,6 +29,17 @@ def check_offload(kind: str, compiled: bool = False) -> None:
         )
 
 
+def check_recording(wanted: bool, device: torch.device, offload: str) -> None:
+    """``ValueError`` where CUDA graphs cannot be: without CUDA, or with weights that change their place."""
+    if wanted and device.type != "cuda":
+        raise ValueError(f"cuda_graphs need a CUDA device, and this one is {device}.\nLeave them out, or name the device.")
+    if wanted and offload != "none":
+        raise ValueError(
+            f"cuda_graphs cannot be combined with offload={offload!r}: they find the weights where they were.\n"
+            "Use offload 'none', or leave cuda_graphs out."
+        )
+
+
 def add_offloading(components: Components, kind: str) -> None:
     """ "model": one of ViT, network and VAE at a time on the device. "layer": weights are streamed through it."""
     check_offload(kind)

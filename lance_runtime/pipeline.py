@@ -29,7 +29,7 @@ from .context import (
 from .decode import answer
 from .denoise import Branches, Given, Step, check_noise, check_sigmas, denoise, draw_noise, flow_sigmas
 from .files import find_sources
-from .memory import add_offloading, bring, check_offload, checked_device, default_dtype
+from .memory import add_offloading, bring, check_offload, check_recording, checked_device, default_dtype
 from .prefill import Branch, branch
 from .prompts import system_sentence
 from .request import LOGGER, Request
@@ -87,6 +87,7 @@ class LancePipeline:
         offload: str = "none",
         tiled_vae: bool = False,
         compile: bool | str = False,  # noqa: A002  # the field's word for it
+        cuda_graphs: bool = False,
     ) -> LancePipeline:
         """Load a tree as on the hub (or a single file that carries its configuration, with ViT and VAE beside it).
 
@@ -95,14 +96,16 @@ class LancePipeline:
         "standalone" (the separate one), "auto" (its own where it has one, as the reference) or "none" (words alone can
         be read). offload: "none", "model" (one part at a time on the device) or "layer". tiled_vae: pictures pass the VAE
         in tiles, in less memory. compile: run the layers through ``torch.compile``, in one of its modes
-        ("reduce-overhead") or its default one; the first call of each size takes minutes longer. Raises
-        ``FileNotFoundError`` and ``ValueError`` that name the file.
+        ("reduce-overhead") or its default one; the first call of each size takes minutes longer. cuda_graphs: launch a
+        step of a picture, and a token of an answer about pictures, as one CUDA graph, in some more memory; for a card that
+        waits for its host. Raises ``FileNotFoundError`` and ``ValueError`` that name the file.
         """
         check_offload(offload, bool(compile))
         target = checked_device(device)
+        check_recording(cuda_graphs, target, offload)
         weights_on = target if offload == "none" else torch.device("cpu")
         sources = find_sources(Path(folder), variant, vit)
-        components = load_components(sources, dtype or default_dtype(target), target, weights_on)
+        components = load_components(sources, dtype or default_dtype(target), target, weights_on, cuda_graphs)
         components.vae.tiled = tiled_vae
         add_offloading(components, offload)
         if compile:

@@ -1,6 +1,8 @@
 """A device that is neither CPU nor CUDA: every operator runs there, on tensors that refuse to mix with the CPU's.
 
-    python tests/fake_device.py VARIANT [OFFLOAD]    # the tasks of a variant there and on the CPU, as JSON
+    python tests/fake_device.py VARIANT [OFFLOAD | recorded]    # the tasks of a variant there and on the CPU, as JSON
+
+With "recorded" it records as a card does, and lets no recording reach the host.
 
 torch's own place for that (PrivateUse1 with a backend in Python) lacks a few ways of making tensors; ``complete`` adds them.
 """
@@ -21,8 +23,31 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "toaster"
 # Operators that may see both sides: those that move, and those that torch lets take indices from the CPU.
+HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
+TENSOR = torch.tensor
 CURRENT_STREAM = torch.accelerator.current_stream
 BOTH_SIDES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::index", "aten::index_put_"}
+
+
+class Recording:
+    """What a function does on the device, done again at each replay."""
+
+    running = False
+    made = 0
+
+    def __init__(self, run: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        self.run, self.inputs = run, inputs
+        Recording.running, Recording.made = True, Recording.made + 1
+        self.output = run(*inputs)
+        Recording.running = False
+
+    def replay(self) -> None:
+        self.output.copy_(self.run(*self.inputs))
+
+    @classmethod
+    def check(cls, what: str, reaches_host: bool) -> None:
+        if cls.running and reaches_host:
+            raise RuntimeError(f"{what} reaches the host, whose part no replay does.")
 
 
 class Elsewhere(torch.Tensor):
@@ -44,6 +69,7 @@ class Elsewhere(torch.Tensor):
         return made
 
     def tolist(self) -> list:
+        Recording.check("tolist", True)
         return self.held.tolist()
 
     def data_ptr(self) -> int:
@@ -65,6 +91,7 @@ def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
     name, tensors = operator._schema.name, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     here = any(isinstance(tensor, Elsewhere) for tensor in tensors)
     strangers = [tuple(x.shape) for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
+    Recording.check(name, name in HOST_READS or any(not isinstance(x, Elsewhere) for x in tensors))
     if here and strangers and name not in BOTH_SIDES:
         raise RuntimeError(f"{name} on the device {NAME} got tensors of the CPU, of shapes {strangers}.")
     if kwargs.get("device") is not None:
@@ -104,8 +131,12 @@ def complete() -> None:
 
     def moved(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            Recording.check("a tensor of the host's numbers", make is TENSOR)
+            recording, Recording.running = Recording.running, False
             found = make(*args, **kwargs)
-            return found if device is None else found.to(device)
+            found = found if device is None else found.to(device)
+            Recording.running = recording
+            return found
 
         return made
 
@@ -143,18 +174,23 @@ def main() -> None:
     import goldens
     import tasks
 
-    from lance_runtime import LancePipeline
+    from lance_runtime import LancePipeline, decode, recorded
 
     variant, offload = (*sys.argv[1:], "none")[:2]
+    record = offload == "recorded"
     pipes = {
         device: LancePipeline.from_pretrained(goldens.CHECKPOINT, variant, device, torch.float32, offload=kind)
-        for device, kind in (("cpu", "none"), (NAME, offload))
+        for device, kind in (("cpu", "none"), (NAME, "none" if record else offload))
     }
+    if record:
+        recorded.capture = lambda run, inputs: ((made := Recording(run, inputs)), made.output)
+        pipes[NAME].components = replace(pipes[NAME].components, cuda_graphs=True)
+        decode.LEAST_RECORDED = 4
     for pipe in pipes.values():  # else only the CPU's would be exact
         parts = pipe.components
         parts.model.config = replace(parts.model.config, bfloat16_frequencies=False)
     table = pipes[NAME].components.model.language_model.model.embed_tokens.weight
-    found = {"table": table.device.type}
+    found: dict[str, Any] = {"table": table.device.type}
     for task in (*tasks.GENERATION_TASKS, *tasks.UNDERSTANDING_TASKS):
         if (task in tasks.VIDEO_TASKS) == (variant == "video"):
             expected, other = (pipes[device](**tasks.arguments(task)) for device in ("cpu", NAME))
@@ -166,6 +202,7 @@ def main() -> None:
                 found[task] = {
                     "device": other.latents.device.type, "apart": apart, "pixels": int(abs(frames[0] - frames[1]).max())
                 }  # fmt: skip
+    found["recordings"] = Recording.made
     del kept
     sys.stdout.write(json.dumps(found))
 

@@ -30,6 +30,7 @@ ORDER = [
     "tiling",
     "vae",
     "kv_cache",
+    "recorded",
     "prefill",
     "reuse",
     "guidance",

@@ -21,7 +21,7 @@ from lance_runtime.model.attention import sdpa, surely_fused, without_cudnn_atte
 HERE = Path(__file__).parent
 FILES = [*(HERE.parent / "lance_runtime").rglob("*.py"), *(HERE.parent / "nodes").rglob("*.py"), HERE.parent / "__init__.py"]
 # Functions that may ask what a maker's device can do.
-ASKERS = {"default_device", "default_dtype", "multiplies_in_parts", "without_cudnn_attention", "surely_fused"}
+ASKERS = {"default_device", "default_dtype", "multiplies_in_parts", "without_cudnn_attention", "surely_fused", "capture"}
 MAKERS = {"cuda", "mps", "xpu", "hip", "npu"}
 LATENT_TOLERANCE = 1e-3  # that of the goldens: the device has no fused attention
 TASKS = {
@@ -38,13 +38,25 @@ new_torch = pytest.mark.skipif(
 
 
 @new_torch
-@pytest.mark.parametrize(("variant", "offload"), [("image", "none"), ("video", "none"), ("image", "model"), ("video", "layer")])
+@pytest.mark.parametrize(
+    ("variant", "offload"),
+    [
+        ("image", "none"),
+        ("video", "none"),
+        ("image", "model"),
+        ("video", "layer"),
+        ("image", "recorded"),
+        ("video", "recorded"),
+    ],
+)
 def test_every_task_runs_on_a_device_of_another_kind(variant, offload):
     command = [sys.executable, str(HERE / "fake_device.py"), variant, offload]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("table") == "cpu"  # its rows are looked up there
+    recordings = found.pop("recordings")
+    assert recordings >= len(TASKS[variant]) if offload == "recorded" else recordings == 0
     assert sorted(found) == TASKS[variant]
     for task, result in found.items():
         if task.startswith("x2t"):
@@ -71,6 +83,26 @@ except RuntimeError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
     assert "got tensors of the CPU" in done.stdout, done.stderr
+
+
+@new_torch
+@pytest.mark.parametrize(
+    "reaches", ["x * x.sum().item()", "x + torch.tensor([1.0], device=x.device)", "x + x.cpu().to(x.device)"]
+)
+def test_a_recording_must_not_reach_the_host(reaches):
+    code = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import fake_device, torch
+kept = fake_device.install()
+there = torch.ones(3).to(fake_device.NAME)
+assert fake_device.Recording(lambda x: x + torch.arange(3, device=x.device), [there]).output.cpu().tolist() == [1, 2, 3]
+try:
+    fake_device.Recording(lambda x: {reaches}, [there])
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
+    assert "reaches the host" in done.stdout, done.stderr
 
 
 @pytest.mark.skipif(torch.__version__ < "2.5", reason="torch prefers cuDNN from 2.5 on")

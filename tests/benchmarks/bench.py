@@ -30,7 +30,7 @@ from loading import bench_loading, process_peak_bytes  # noqa: E402
 from lance_runtime.config import LanceConfig  # noqa: E402
 from lance_runtime.context import Context, Segment, VisionTokens, layout  # noqa: E402
 from lance_runtime.decode import decode  # noqa: E402
-from lance_runtime.denoise import predict_velocity  # noqa: E402
+from lance_runtime.denoise import RecordedVelocity, predict_velocity  # noqa: E402
 from lance_runtime.engine import Engine  # noqa: E402
 from lance_runtime.kv_cache import KVCache  # noqa: E402
 from lance_runtime.prefill import Branch, branch, prefill  # noqa: E402
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
     add("--until", choices=("loading", "network", "vae"), default="vae", help="the last thing to measure (default: vae)")
     add("--compile", action="store_true", help="torch.compile the layers")
+    add("--cuda-graphs", action="store_true", help="launch steps and tokens as CUDA graphs")
     add("--repeats", type=int, default=10, help="of which the median is taken (default: 10)")
     add("--seconds", type=float, default=5, help="end the repeats of all but the step after this time (default: 5)")
     add("--record", metavar="MACHINE", help="also append the results to results.jsonl, under this name of the machine")
@@ -104,7 +105,7 @@ class Bench:
         rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
         print(json.dumps({"bench": name, **rounded}), flush=True)
         if self.options.record:
-            same = ("dtype", "hidden", "layers", "compile")
+            same = ("dtype", "hidden", "layers", "compile", "cuda_graphs")
             known = {"machine": self.options.record, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
             known |= {name: getattr(self.options, name) for name in same}
             with RESULTS.open("a", encoding="utf-8") as stream:
@@ -239,8 +240,12 @@ def bench_step(bench: Bench, engine: Engine, branches: list[Branch], target: Lat
     latents = torch.randn(batch, engine.model.config.latent_channels, *target, dtype=engine.dtype, device=engine.device)
     timesteps = torch.full((batch, target.frames), 0.7, device=engine.device)
 
-    def step(engine: Engine = engine) -> Tensor:
-        return predict_velocity(engine, latents, timesteps, branches)
+    recorded = RecordedVelocity(engine)
+
+    def step(other: Engine | None = None) -> Tensor:
+        if other is None and engine.cuda_graphs:
+            return recorded(latents, timesteps, branches)
+        return predict_velocity(other or engine, latents, timesteps, branches)
 
     attending: list[float] = []
 
@@ -312,7 +317,7 @@ def stages(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     """Run everything; yields the name of each stage behind it."""
     config, pixels = config_of(options), PixelShape(options.frames, options.height, options.width)
     target = pixels.latent()
-    engine = Engine(bench_loading(bench, config), bench.dtype, bench.device)
+    engine = Engine(bench_loading(bench, config), bench.dtype, bench.device, cuda_graphs=options.cuda_graphs)
     yield "loading"
     if options.until == "loading":
         return

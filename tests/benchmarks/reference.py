@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -28,11 +29,12 @@ from typing import Any
 import torch
 from bench import Bench, config_of, make_context
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lance_runtime.components import assign, build_lance
 from lance_runtime.config import LanceConfig
 from lance_runtime.context import Layout, VisionTokens, layout, unconditional_layout
-from lance_runtime.denoise import Branches, denoise, flow_sigmas, predict_velocity
+from lance_runtime.denoise import Branches, Step, denoise, flow_sigmas, predict_velocity
 from lance_runtime.engine import Engine
 from lance_runtime.guidance import Guidance
 from lance_runtime.model.attention import causal_attention, full_attention
@@ -56,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
     add("--repeats", type=int, default=10, help="turns, of which the median is taken (default: 10)")
     add("--record", metavar="MACHINE", help="also append the result to results.jsonl, under this name of the machine")
-    parser.set_defaults(device="cpu", edit=False, compile=False)
+    parser.set_defaults(device="cpu", edit=False, compile=False, cuda_graphs=False)
     options = parser.parse_args(argv)
     if options.hidden % 128:
         parser.error(f"--hidden {options.hidden} is not a multiple of 128, the width of a head")
@@ -164,6 +166,22 @@ def arguments(sequence: Layout, options: argparse.Namespace, dtype: torch.dtype)
     }
 
 
+class Launches(TorchDispatchMode):
+    """Counts operators that compute or move something: what a device would be asked to launch, and a host to start."""
+
+    FREE = ("aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::detach")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shared = [result.alias_info for result in operator._schema.returns]
+        view = bool(shared) and all(alias is not None and not alias.is_write for alias in shared)
+        self.count += not view and operator._schema.name not in self.FREE
+        return operator(*args, **(kwargs or {}))
+
+
 class Race:
     """Both models on one noise: their velocities, and the seconds of their steps in turns."""
 
@@ -184,12 +202,26 @@ class Race:
         own = predict_velocity(self.engine, latents, times, self.branches).flatten(2).transpose(1, 2)
         return (own.float() - torch.stack(found).float()).abs().max().item()
 
-    def run(self, turns: int) -> tuple[list[tuple[float, float]], float]:
-        """Seconds of the turns, (ours, theirs), after one to warm up; the difference of the last latents."""
-        own, theirs, sigmas, last = [], [], flow_sigmas(turns + 1, SHIFT), self.noise
+    def launches(self) -> tuple[int, int]:
+        """Of one guided step, ours and theirs."""
+        marks: list[int] = []
+        with Launches() as own:
+            next(self._steps(turns=1))
+        with Launches() as theirs:
+            handle = self.reference.time_embedder.register_forward_pre_hook(lambda *_: marks.append(theirs.count))
+            self._sample(steps=4)
+        handle.remove()
+        return own.count, marks[-1] - marks[-2]
+
+    def _steps(self, turns: int) -> Iterator[Step]:
         cond, text = self.branches
         branches = Branches(lambda: cond, lambda: text, lambda: text)
-        steps = denoise(self.engine, self.noise, sigmas, branches, Guidance(scale=SCALE, interval=(0.0, 1.0)))
+        sigmas = flow_sigmas(turns + 1, SHIFT)
+        return denoise(self.engine, self.noise, sigmas, branches, Guidance(scale=SCALE, interval=(0.0, 1.0)))
+
+    def run(self, turns: int) -> tuple[list[tuple[float, float]], float]:
+        """Seconds of the turns, (ours, theirs), after one to warm up; the difference of the last latents."""
+        own, theirs, last, steps = [], [], self.noise, self._steps(turns)
         begun: float | None = None
 
         def at_start(*_: Any) -> None:
@@ -244,6 +276,7 @@ def main() -> None:
     if not difference < allowed:
         raise SystemExit(f"The velocities differ by {difference:.3g} of {allowed} allowed.\nTheir times cannot be compared.")
     pairs, last = race.run(options.repeats)
+    own_launches, their_launches = race.launches()
     ratios = [theirs / own for own, theirs in pairs]
     bench.emit(
         "step_against_reference",
@@ -253,6 +286,8 @@ def main() -> None:
         range=[round(min(ratios), 3), round(max(ratios), 3)],
         difference=difference,
         latents_difference=last,
+        launches=own_launches,
+        reference_launches=their_launches,
         tokens=race.noise[0, 0].numel() + 2,
         prefix=[one.cache.length for one in race.branches],
         **{name: getattr(options, name) for name in ("hidden", "layers", "height", "width", "frames", "dtype")},

@@ -276,7 +276,8 @@ MEASURED: dict[str, tuple[str, dict[str, str]]] = {
         "A guided step against the reference's own, in turns, the same weights",
         {
             "tokens": "tokens", "ours_seconds": "ours, s", "reference_seconds": "reference, s", "ratio": "times as fast",
-            "range": "range", "difference": "velocities apart",
+            "range": "range", "launches": "operators a step", "reference_launches": "the reference's",
+            "difference": "velocities apart",
         },
     ),
 }  # fmt: skip
@@ -297,7 +298,7 @@ def measured() -> Iterator[str]:
 
 
 def where(line: dict[str, Any]) -> str:
-    compiled = ", compiled" if line.get("compile") else ""
+    compiled = (", compiled" if line.get("compile") else "") + (", CUDA graphs" if line.get("cuda_graphs") else "")
     sizes = f", {line['dtype']}, {line['layers']} layers of width {line['hidden']}" if "layers" in line else ""
     return f"{line['date']}, {line['machine']}{sizes}{compiled}"
 
