@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .components import Components
 
 OFFLOAD_KINDS = ("none", "model", "layer")
+MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 # Weights that are copied before they are needed. One decoder layer's MLP of one expert has 135 MB in bfloat16.
 PREFETCH_BYTES = 256 * 2**20
 PINNING = ("cuda", "xpu")  # kinds of devices that read pinned memory by themselves
@@ -29,14 +30,21 @@ def check_offload(kind: str, compiled: bool = False) -> None:
         )
 
 
-def check_recording(wanted: bool, device: torch.device, offload: str) -> None:
-    """``ValueError`` where CUDA graphs cannot be: without CUDA, or with weights that change their place."""
+def check_recording(wanted: bool, device: torch.device, offload: str, mode: bool | str = False) -> None:
+    """``ValueError`` where CUDA graphs cannot be: without CUDA, with weights that change their place, or with torch's own.
+
+    mode: of torch.compile.
+    """
     if wanted and device.type != "cuda":
         raise ValueError(f"cuda_graphs need a CUDA device, and this one is {device}.\nLeave them out, or name the device.")
     if wanted and offload != "none":
         raise ValueError(
             f"cuda_graphs cannot be combined with offload={offload!r}: they find the weights where they were.\n"
             "Use offload 'none', or leave cuda_graphs out."
+        )
+    if wanted and mode in MODES_WITH_GRAPHS:
+        raise ValueError(
+            f"cuda_graphs cannot be combined with compile={mode!r}, which makes its own.\nUse compile=True, or one of the two."
         )
 
 

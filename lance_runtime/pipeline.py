@@ -102,7 +102,7 @@ class LancePipeline:
         """
         check_offload(offload, bool(compile))
         target = checked_device(device)
-        check_recording(cuda_graphs, target, offload)
+        check_recording(cuda_graphs, target, offload, compile)
         weights_on = target if offload == "none" else torch.device("cpu")
         sources = find_sources(Path(folder), variant, vit)
         components = load_components(sources, dtype or default_dtype(target), target, weights_on, cuda_graphs)

@@ -119,10 +119,13 @@ def test_there_are_none_without_cuda(offload, words):
     assert str(error.value).count("\n") == 1
 
 
-def test_weights_that_move_cannot_be_recorded():
+def test_weights_that_move_and_graphs_of_others_cannot_be_recorded():
     from lance_runtime.memory import check_recording
 
     check_recording(True, torch.device("cuda"), "none")
     for offload in ("model", "layer"):
         with pytest.raises(ValueError, match=f"offload='{offload}'"):
             check_recording(True, torch.device("cuda"), offload)
+    check_recording(True, torch.device("cuda"), "none", mode=True)
+    with pytest.raises(ValueError, match="compile='reduce-overhead'"):
+        check_recording(True, torch.device("cuda"), "none", mode="reduce-overhead")

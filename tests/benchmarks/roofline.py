@@ -331,7 +331,8 @@ def text() -> str:
 
 HEAD = """Written by `python tests/benchmarks/roofline.py --write`. The first three sections are counted, not measured: the
 network of the real size (6.19 billion weights) runs on the meta device, where every linear layer and every attention tells
-its shape. The last holds what `bench.py --record` and `reference.py` measured."""
+its shape. The last holds what `bench.py --record` and `reference.py` measured. (Where an answer's share of a copy is above 1,
+that machine reads memory faster than it copies it.)"""
 COUNTS = """A step with guidance is two branches in one pass over the weights (one after the other for clips, whose activations
 cost more than a second pass). It reads both experts: the generation expert multiplies the target's tokens, the understanding
 expert the two vision tokens around them. Quantised files keep the first and the last layer, embeddings, head, norms and glue
