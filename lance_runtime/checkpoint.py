@@ -319,11 +319,12 @@ def _read_header(path: Path) -> dict:
 
 
 def _with_tensors(state: Any) -> dict | None:
-    """A dictionary of tensors, or the first that training scripts keep within it beside their own state."""
-    if not isinstance(state, dict) or any(isinstance(value, Tensor) for value in state.values()):
-        return state if isinstance(state, dict) else None
+    """What training scripts keep within a dictionary beside their own state, or the dictionary; None without tensors."""
+    if not isinstance(state, dict):
+        return None
     inner = (_with_tensors(state.get(key)) for key in WEIGHTS_IN_PICKLES)
-    return next((found for found in inner if found is not None), None)
+    own = state if any(isinstance(value, Tensor) for value in state.values()) else None
+    return next((found for found in inner if found is not None), own)
 
 
 def _first_line(error: Exception) -> str:

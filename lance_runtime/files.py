@@ -209,8 +209,13 @@ def _single_files(folder: Path, what: str) -> Iterator[TensorFile]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """The safetensors files under a folder, behind links as well (which ``Path.glob`` leaves alone before Python 3.13)."""
-    for place, _, names in os.walk(folder, followlinks=True):
+    """The safetensors files under a folder, behind links as well (which ``Path.glob`` leaves alone), each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()  # a link back: nothing below it is new
+            continue
+        seen.add(real)
         yield from (Path(place, name) for name in names if name.endswith(".safetensors"))
 
 

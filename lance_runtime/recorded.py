@@ -7,10 +7,14 @@ takes to launch them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CAPTURING = Lock()  # one at a time in a process
 
 
 class Recorded:
@@ -40,8 +44,15 @@ class Recorded:
 
 def capture(run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Any, Tensor]:
     """A graph of the kernels that a function launches, none of which has run yet, and where its result will be."""
-    graph = torch.cuda.CUDAGraph()
+    graph, device = torch.cuda.CUDAGraph(), inputs[0].device
     # Other threads of the host may go on with a card in the meantime.
-    with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    recording = torch.cuda.graph(graph, stream=capture_stream(device), capture_error_mode="thread_local")
+    with CAPTURING, torch.cuda.device(device), recording:
         output = run(*inputs)
     return graph, output
+
+
+@cache
+def capture_stream(device: torch.device) -> Any:
+    """A device's stream for recordings: torch's own is of the device that was recorded on first."""
+    return torch.cuda.Stream(device)

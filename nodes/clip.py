@@ -1,5 +1,6 @@
 """Lance as ComfyUI's CLIP: the MODEL's own module behind a wrapper without parameters."""
 
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -185,8 +186,8 @@ class LanceTextModel(torch.nn.Module):
 
 
 def _beside(patcher: ModelPatcher | None) -> list[Any]:
-    """What a patcher runs beside the weights, LoRAs that are not patched into them for one."""
-    return [] if patcher is None else [one for those in patcher.injections.values() for one in those]
+    """What a patcher runs beside the weights, LoRAs that are not patched into them for one; not kept alive by it."""
+    return [] if patcher is None else [weakref.ref(one) for those in patcher.injections.values() for one in those]
 
 
 class LanceCLIP(comfy.sd.CLIP):
@@ -198,6 +199,10 @@ class LanceCLIP(comfy.sd.CLIP):
     def clone(self, disable_dynamic: bool = False) -> "LanceCLIP":
         clone = LanceCLIP(no_init=True)
         vars(clone).update(vars(super().clone(disable_dynamic=disable_dynamic)))
+        text = clone.cond_stage_model
+        if clone.patcher.model is not text.owner:  # another device was chosen, and has a copy of the weights
+            clone.cond_stage_model = LanceTextModel(clone.patcher.model, text.tower)
+            clone.cond_stage_model.device = text.device
         return clone
 
     def encode_from_tokens(self, tokens: dict, return_pooled: bool | str = False, return_dict: bool = False) -> Any:

@@ -404,6 +404,30 @@ def devices(nodes: Any) -> dict:
     return report | {"a copy's": generated(elsewhere) == expected, "its own": own != expected}
 
 
+def beside(nodes: Any) -> dict:
+    """LoRAs that run beside the weights (Bypass): of a CLIP, of one with a copy of its own, and after they are gone."""
+    graph, stem = Graph(nodes), "diffusion_model.language_model.model.layers.0.self_attn.v_proj"
+    generator = torch.Generator().manual_seed(1)
+    lora = {
+        f"{stem}.lora_down.weight": torch.randn(4, 128, generator=generator),
+        f"{stem}.lora_up.weight": torch.randn(64, 4, generator=generator),
+    }
+    drawn, said = graph.draw(), ask(nodes, graph, "what")
+
+    def spoken(clip: Any, strength: float) -> str:
+        return ask(nodes, graph, "what", comfy.sd.load_bypass_lora_for_models(graph.model, clip, lora, 0.0, strength)[1])
+
+    report = {"acts": len({said, *(spoken(graph.clip, strength) for strength in (1.0, 2.0, 3.0))})}
+    gc.collect()
+    hooks = [thing for thing in gc.get_objects() if type(thing).__name__ == "BypassForwardHook"]
+    report["kept alive"], report["said again"] = len(hooks), ask(nodes, graph, "what") == said
+    copied = graph.clip.clone()
+    copied.patcher = Graph(nodes).clip.patcher  # as Select CLIP Device leaves it
+    report["a copy's acts"] = spoken(copied, 2.0) != said
+    report["MODEL's"] = float((graph.draw() - drawn).abs().max())
+    return report
+
+
 def lora_on_both(nodes: Any) -> dict:
     """How many weights are patched anew while a LoRA draws and answers in turn, at equal strengths and at others."""
     import tempfile

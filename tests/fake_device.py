@@ -23,7 +23,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "toaster"
 # Operators that may see both sides: those that move, and those that torch lets take indices from the CPU.
-HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
+HOST_READS = {
+    *("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select"),
+    *("aten::unique_dim", "aten::_unique", "aten::_unique2"),
+}
 TENSOR = torch.tensor
 CURRENT_STREAM = torch.accelerator.current_stream
 BOTH_SIDES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::index", "aten::index_put_"}
@@ -82,6 +85,15 @@ class Elsewhere(torch.Tensor):
         return run(operator, *args, **(kwargs or {}))
 
 
+def reads_on_host(operator: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether the size of what an operator makes is in the values of a tensor, or it reads one itself."""
+    name = operator._schema.name
+    if name == "aten::repeat_interleave":
+        return kwargs.get("output_size") is None
+    chooses = name in ("aten::index", "aten::index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+    return chooses or name in HOST_READS
+
+
 def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operator, on what the tensors hold."""
     if operator is torch.ops.aten.record_stream.default:  # memory that two streams use; here there is one
@@ -91,7 +103,7 @@ def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
     name, tensors = operator._schema.name, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     here = any(isinstance(tensor, Elsewhere) for tensor in tensors)
     strangers = [tuple(x.shape) for x in tensors if not isinstance(x, Elsewhere) and x.ndim]
-    Recording.check(name, name in HOST_READS or any(not isinstance(x, Elsewhere) for x in tensors))
+    Recording.check(name, reads_on_host(operator, args, kwargs) or any(not isinstance(x, Elsewhere) for x in tensors))
     if here and strangers and name not in BOTH_SIDES:
         raise RuntimeError(f"{name} on the device {NAME} got tensors of the CPU, of shapes {strangers}.")
     if kwargs.get("device") is not None:

@@ -343,7 +343,8 @@ def test_pickles_under_every_name_are_read(tmp_path, suffix, key):
 def test_settings_beside_the_weights_of_a_pickle_do_not_matter(tmp_path):
     torch.save({"a": torch.ones(2), "model": {"lr": 1.0}}, tmp_path / "flat.pth")
     torch.save({"state_dict": {"lr": 1.0}, "model": {"a": torch.ones(2)}}, tmp_path / "inside.pth")
-    for name in ("flat", "inside"):
+    torch.save({"model": {"a": torch.ones(2)}, "step": torch.tensor(5)}, tmp_path / "loose.pth")
+    for name in ("flat", "inside", "loose"):
         assert list(TensorFile(tmp_path / f"{name}.pth")) == ["a"]
 
 
@@ -509,6 +510,8 @@ def test_comfyuis_older_folders_and_links_count_as_well(comfyui, drawn, of):
     (comfyui / "text_encoders").rename(elsewhere / "towers")
     (comfyui / "clip").mkdir()
     (comfyui / "clip" / "linked").symlink_to(elsewhere / "towers", target_is_directory=True)
+    (comfyui / "clip" / "up").symlink_to(comfyui, target_is_directory=True)  # and around for ever
+    (comfyui / "clip" / "self").symlink_to(comfyui / "clip", target_is_directory=True)
     assert draws(comfyui.parent / of, drawn)
     assert find_sources(comfyui.parent / of, "image").vit.path == comfyui / "clip" / "linked" / "qwen2.5_vl_vit.safetensors"
 

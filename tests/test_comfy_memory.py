@@ -118,6 +118,10 @@ def test_weights_follow_to_the_device_of_the_side_that_runs():
     assert found["its own"]
 
 
+def test_loras_beside_the_weights_act_on_their_side_and_go():
+    assert report("beside") == {"acts": 4, "kept alive": 0, "said again": True, "a copy's acts": True, "MODEL's": 0.0}
+
+
 def test_a_lora_on_both_sides_is_patched_in_once():
     """At unequal strengths ComfyUI has to take it out and put it in again for each side."""
     found = report("lora_on_both")

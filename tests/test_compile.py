@@ -106,11 +106,14 @@ def test_one_row_goes_its_own_way(monkeypatch):
     assert seen == [40]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3), (torch.float64, 1e-6)]
+)
 @pytest.mark.parametrize("graded", [False, True])
-def test_a_norm_is_torchs(dtype, tolerance, graded):
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_norm_is_torchs(dtype, tolerance, graded, rows):
     torch.manual_seed(0)
-    layer, x = RMSNorm(96, eps=1e-6), 1000 * torch.randn(2, 5, 3, 96)
+    layer, x = RMSNorm(96, eps=1e-6), 1000 * torch.randn(2, rows, 3, 96)
     layer.weight.data.normal_()
     x[0, 0] = 0
     expected = torch.nn.functional.rms_norm(x, (96,), layer.weight, 1e-6)

@@ -21,7 +21,10 @@ from lance_runtime.model.attention import sdpa, surely_fused, without_cudnn_atte
 HERE = Path(__file__).parent
 FILES = [*(HERE.parent / "lance_runtime").rglob("*.py"), *(HERE.parent / "nodes").rglob("*.py"), HERE.parent / "__init__.py"]
 # Functions that may ask what a maker's device can do.
-ASKERS = {"default_device", "default_dtype", "multiplies_in_parts", "without_cudnn_attention", "surely_fused", "capture"}
+ASKERS = {"default_device", "default_dtype", "multiplies_in_parts", "without_cudnn_attention", "surely_fused"} | {
+    "capture",
+    "capture_stream",
+}
 MAKERS = {"cuda", "mps", "xpu", "hip", "npu"}
 LATENT_TOLERANCE = 1e-3  # that of the goldens: the device has no fused attention
 TASKS = {
@@ -87,7 +90,16 @@ except RuntimeError as error:
 
 @new_torch
 @pytest.mark.parametrize(
-    "reaches", ["x * x.sum().item()", "x + torch.tensor([1.0], device=x.device)", "x + x.cpu().to(x.device)"]
+    "reaches",
+    [
+        "x * x.sum().item()",
+        "x + torch.tensor([1.0], device=x.device)",
+        "x + x.cpu().to(x.device)",
+        "x[x > 0]",
+        "x.masked_select(x > 0)",
+        "x.unique()",
+        "x.repeat_interleave(torch.arange(3, device=x.device))",
+    ],
 )
 def test_a_recording_must_not_reach_the_host(reaches):
     code = f"""
@@ -146,6 +158,22 @@ def test_where_torch_never_writes_scores_out(kind, dtype, capability, hip, fused
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert surely_fused(torch.device(kind), dtype) == fused
+
+
+@pytest.mark.parametrize("task", ["image_edit", "x2t_image"])
+def test_queries_of_text_lie_side_by_side(image_pipe, monkeypatch, task):
+    """Some devices' attention takes few of them for it."""
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(q, *others, **more):
+        if more:  # causal, or with a mask
+            seen.append(q.is_contiguous())
+        return real(q, *others, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    image_pipe(**tasks.arguments(task) | ({"steps": 1} if task == "image_edit" else {"max_new_tokens": 3}))
+    assert len(seen) > 5
+    assert all(seen)
 
 
 def test_attention_that_may_write_scores_out_goes_in_parts(monkeypatch):

@@ -64,6 +64,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Query i of L sees the keys before the last L and the first i + 1 of those; shapes as in full_attention."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    q = q.contiguous()  # torch 2.8 on Macs takes few queries for it, whatever their strides (pytorch issue 163597)
     length, seen = q.shape[2], k.shape[2]
     if length == seen:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
