@@ -172,7 +172,7 @@ def test_queries_of_text_lie_side_by_side(image_pipe, monkeypatch, task):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     image_pipe(**tasks.arguments(task) | ({"steps": 1} if task == "image_edit" else {"max_new_tokens": 3}))
-    assert len(seen) > 5
+    assert seen
     assert all(seen)
 
 
