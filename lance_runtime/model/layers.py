@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 Embedding = nn.Embedding
 MANY_ROWS = 64  # of fewer, torch's own is as fast
+NORMED_AT_ONCE = 2**20  # numbers, written out in float32: a core's cache holds them, and more than 32 MB are always new pages
 PARTS = 16  # slices that a weight is cut into, one for each thread
 
 
@@ -34,9 +35,19 @@ class RMSNorm(nn.RMSNorm):
         many = x.is_cpu and x.numel() >= MANY_ROWS * x.shape[-1] and x.dtype in (torch.float32, torch.bfloat16)
         if not many or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
+        if x.dtype == torch.float32:
+            return self._scaled(x)
+        rows = x.reshape(-1, x.shape[-1])
+        result, count = torch.empty_like(rows), max(1, NORMED_AT_ONCE // x.shape[-1])
+        for part, into in zip(rows.split(count), result.split(count), strict=True):
+            into.copy_(self._scaled(part))
+        return result.view(x.shape)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D) in float32."""
         lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = lengths.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        return (x * scale).mul_(self.weight).to(x.dtype)
+        return (x * scale).mul_(self.weight)
 
 
 def row_product(row: Tensor, weight: Tensor) -> Tensor:
