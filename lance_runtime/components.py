@@ -14,7 +14,7 @@ from .dequantize import plain_tensors, plain_vit_tensors
 from .engine import Engine
 from .files import Sources
 from .model.transformer import Lance
-from .model.vision import build_vision, restore_buffers
+from .model.vision import build_vision
 from .tokenizer import LanceTokenizer
 from .vae import WanVAE
 
@@ -58,7 +58,6 @@ def load_components(
     if sources.vision is not None:
         vision = build_vision(sources.vision)
         assign(vision, plain_vit_tensors(sources.vit or sources.model), dtype, weights_on)
-        restore_buffers(vision, weights_on)
     vae = WanVAE.from_tensors(TensorFile(sources.vae), dtype=dtype, device=weights_on)
     vae.device = device  # where it computes; an offloading hook brings its weights there
     return Components(model, vision, vae, sources.tokenizer, sources.vision, device, dtype, cuda_graphs)

@@ -60,7 +60,7 @@ class LanceConfig:
             rope_theta=values.get("rope_theta") or rope.get("rope_theta", 1e6),
             mrope_section=tuple(rope.get("mrope_section") or _default_sections(head_dim)),
             sizes=_trained_sizes(values.get("lance_trained_sizes") or {}),
-            bfloat16_frequencies=values.get("torch_dtype", "bfloat16") == "bfloat16",
+            bfloat16_frequencies=_is_of_bfloat16(values),
         )
 
     @classmethod
@@ -95,6 +95,11 @@ class LanceConfig:
         )
 
 
+def _is_of_bfloat16(values: Mapping[str, Any]) -> bool:
+    """Whether the weights were trained in bfloat16, as Lance was; transformers 5 writes ``dtype``."""
+    return values.get("torch_dtype", values.get("dtype", "bfloat16")) == "bfloat16"
+
+
 def _trained_sizes(values: Mapping[str, Any]) -> TrainedSizes:
     """Our own entry of ``llm_config.json``, for a model that was trained on other sizes than Lance 3B (Nano)."""
     known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -123,10 +128,12 @@ class VisionConfig:
     window_size: int = 112
     tokens_per_second: int = 2
     fullatt_block_indexes: tuple[int, ...] = field(default=(7, 15, 23, 31))
+    bfloat16_frequencies: bool = True  # see ``vision.RotaryAngles``
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> VisionConfig:
         """From the parsed ``config.json``; fields of training and of attention kernels are ignored."""
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         known["fullatt_block_indexes"] = tuple(known.get("fullatt_block_indexes", cls().fullatt_block_indexes))
+        known["bfloat16_frequencies"] = _is_of_bfloat16(values)
         return cls(**known)

@@ -15,7 +15,7 @@ from ..lance_runtime.components import assign
 from ..lance_runtime.context import Segment
 from ..lance_runtime.dequantize import plain_vit_tensors
 from ..lance_runtime.files import VIT_FOLDER, VIT_NAME, read_vision_config, whole_files
-from ..lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
+from ..lance_runtime.model.vision import build_vision, encode_vision
 from ..lance_runtime.preprocess import vit_patches
 from ..lance_runtime.reuse import VisionTokenCache
 from ..lance_runtime.types import LatentShape
@@ -87,7 +87,6 @@ class VisionTower:
             vision = build_vision(self.config, attention=comfy_attention())
             device = comfy.model_management.text_encoder_offload_device()
             assign(vision, plain_vit_tensors(file), self.dtype, device)
-            restore_buffers(vision, device)
             # Where MODEL is, for whose device the type was chosen. ComfyUI's text encoders are on the CPU of a Mac, say.
             self._patcher = WholePatcher(_Tower(vision), comfy.model_management.get_torch_device(), device)
         return self._patcher

@@ -200,7 +200,8 @@ def main() -> None:
         decode.LEAST_RECORDED = 4
     for pipe in pipes.values():  # else only the CPU's would be exact
         parts = pipe.components
-        parts.model.config = replace(parts.model.config, bfloat16_frequencies=False)
+        for rounded in (parts.model, parts.vision.rotary_pos_emb):
+            rounded.config = replace(rounded.config, bfloat16_frequencies=False)
     table = pipes[NAME].components.model.language_model.model.embed_tokens.weight
     found: dict[str, Any] = {"table": table.device.type}
     for task in (*tasks.GENERATION_TASKS, *tasks.UNDERSTANDING_TASKS):

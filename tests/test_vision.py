@@ -20,7 +20,7 @@ from goldens import CASES, PARITY, sources
 
 from lance_runtime.config import VisionConfig
 from lance_runtime.model import vision as vision_room
-from lance_runtime.model.vision import build_vision, encode_vision, restore_buffers
+from lance_runtime.model.vision import RotaryAngles, build_vision, encode_vision
 from lance_runtime.preprocess import sample_frames, vit_patches
 
 VISUAL_CASES = [name for name, case in CASES.items() if case["task"] not in ("t2i", "t2v", "i2v")]
@@ -39,7 +39,7 @@ def weights(variant):
 def load(variant="Lance_3B", dtype=torch.float32, **options):
     vision = build_vision(CONFIG, dtype=dtype, **options)
     vision.load_state_dict({k: v.to(dtype) for k, v in weights(variant).items()}, strict=True, assign=True)
-    return restore_buffers(vision, "cpu")
+    return vision
 
 
 def patches_of(grid, seed=0):
@@ -155,17 +155,48 @@ def test_frames_of_a_clip_do_not_see_each_other():
     torch.testing.assert_close(both[16:], encode_vision(vision, patches[64:], (1, 8, 8)), atol=1e-5, rtol=0)
 
 
-def test_rotary_frequencies_stay_float32():
-    vision, grid = load(dtype=torch.bfloat16), (1, 4, 6)
-    assert vision.rotary_pos_emb.inv_freq.dtype == torch.float32
-    expected = 1 / 10000 ** (torch.arange(4) / 4)  # head dimension 16: four frequencies for rows, four for columns
-    torch.testing.assert_close(vision.rotary_pos_emb.inv_freq, expected)
-    first = encode_vision(vision, patches_of(grid), grid)
-    assert first.dtype == torch.bfloat16
-    vision.to(torch.bfloat16)
-    assert torch.equal(encode_vision(vision, patches_of(grid), grid), first)
-    assert vision.rotary_pos_emb.inv_freq.dtype == torch.float32
-    torch.testing.assert_close(first.float(), encode_vision(load(), patches_of(grid), grid), atol=0.05, rtol=0.05)
+def qwens_angles(positions, dtype):
+    """The reference's: a buffer in the type that the module was cast to, and positions in the buffer's."""
+    buffer = (1 / 10000 ** (torch.arange(0, 40, 2) / 40)).to(dtype)
+    return torch.stack([torch.outer(axis.to(dtype), buffer) for axis in positions], dim=1).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [True, False])
+def test_angles_of_patches_are_those_that_the_weights_have_learned(dtype, trained):
+    rotary = RotaryAngles(VisionConfig(bfloat16_frequencies=trained))  # heads of the real width, 80
+    positions = torch.stack([torch.arange(72), torch.arange(72).flip(0)])
+    expected = qwens_angles(positions, torch.bfloat16 if trained and dtype == torch.bfloat16 else torch.float32)
+    rotary.set_type(dtype, torch.device("cpu"))
+    assert torch.equal(rotary(positions.T), expected)
+    assert torch.equal(rotary(torch.tensor(72)), qwens_angles(positions[:1], expected.dtype))
+    both = torch.cat((expected, expected), dim=-1)
+    for found, told in zip(rotary(torch.zeros(1), positions.T), (both.cos(), both.sin()), strict=True):
+        assert found.dtype == told.dtype
+        assert torch.equal(found, told)
+
+
+def test_rounded_angles_are_another_embedding():
+    positions = torch.arange(48)[None]
+    apart = (qwens_angles(positions, torch.bfloat16).float() - qwens_angles(positions, torch.float32)).abs().max()
+    assert 0.1 < apart < 0.2
+
+
+@pytest.mark.parametrize(
+    ("written", "rounded"),
+    [({}, True), ({"torch_dtype": "bfloat16"}, True), ({"torch_dtype": "float32"}, False), ({"dtype": "float32"}, False)],
+)
+def test_the_configuration_says_what_weights_were_trained_in(written, rounded):
+    assert VisionConfig.from_json(written).bfloat16_frequencies == rounded
+
+
+def test_a_pass_asks_for_angles_in_the_type_that_it_computes_in(monkeypatch):
+    seen, real = [], RotaryAngles._angles
+    monkeypatch.setattr(RotaryAngles, "_angles", lambda rotary, positions: seen.append(real(rotary, positions)) or seen[-1])
+    grid = (1, 4, 6)
+    for dtype in (torch.bfloat16, torch.float32):
+        found = encode_vision(load(dtype=dtype), patches_of(grid).to(dtype), grid)
+        assert found.dtype == seen[-1].dtype == dtype
 
 
 def test_the_real_tower_is_built_without_memory():
@@ -176,10 +207,9 @@ def test_the_real_tower_is_built_without_memory():
     assert not vision.training
 
 
-def test_building_on_a_device_allocates_and_restores():
+def test_building_on_a_device_allocates():
     vision = build_vision(CONFIG, device="cpu")
     assert not any(tensor.is_meta for tensor in (*vision.parameters(), *vision.buffers()))
-    torch.testing.assert_close(vision.rotary_pos_emb.inv_freq, load().rotary_pos_emb.inv_freq)
     assert vision.load_state_dict(weights("Lance_3B")).missing_keys == []
 
 

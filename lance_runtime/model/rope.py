@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import LanceConfig
+from ..config import LanceConfig, VisionConfig
 
 
 class Rope(NamedTuple):
@@ -60,7 +60,7 @@ def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     return Rope(angles.cos()[:, :, None].to(dtype), angles.sin()[:, :, None].to(dtype))
 
 
-def frequencies_are_rounded(config: LanceConfig, dtype: torch.dtype, device: torch.device) -> bool:
+def frequencies_are_rounded(config: LanceConfig | VisionConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """For weights trained in bfloat16, whatever they are computed in; but float32 on a CPU repeats the reference in float32.
 
     Cards without bfloat16 compute in float32 too, and their pictures are not there to be compared with a float32 run.

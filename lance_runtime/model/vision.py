@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..config import VisionConfig
 from ..types import AttentionFunction
 from .attention import sdpa, without_cudnn_attention
+from .rope import frequencies_are_rounded
 
 ROPE_THETA = 10000.0
 # Tokens that pass the attention's inner part and the MLP at once. More do not make a pass faster, and a clip's 65 000
@@ -41,13 +42,14 @@ def build_vision(
     with torch.device("meta"):
         vision: Any = Qwen2_5_VisionTransformerPretrainedModel(settings)
     vision.patch_embed.proj = PatchProjection(vision.patch_embed.proj)
+    vision.rotary_pos_emb = RotaryAngles(config)
     segments = Segments()
     for block in vision.blocks:
         block.attn = SegmentAttention(block.attn.qkv, block.attn.proj, config.num_heads, segments, attention)
         block.mlp = GroupedMLP(block.mlp)
     vision = vision.to(dtype).train(False).requires_grad_(False)
     if torch.device(device).type != "meta":
-        restore_buffers(vision.to_empty(device=device), device)
+        vision.to_empty(device=device)
     return vision
 
 
@@ -68,16 +70,6 @@ def _settings(config: VisionConfig) -> dict[str, Any]:
     }
 
 
-def restore_buffers(vision: Any, device: torch.device | str) -> Any:
-    """Makes the rotary frequencies, which no file holds, anew on ``device``, in float32 whatever the module's dtype."""
-    # A quarter of the head dimension each for rows and columns.
-    half = vision.config.hidden_size // vision.config.num_heads // 2
-    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
-    for name in dict(vision.rotary_pos_emb.named_buffers()):
-        vision.rotary_pos_emb.register_buffer(name, frequencies.to(device, copy=True), persistent=False)
-    return vision
-
-
 @without_cudnn_attention()  # borders and clips of all sizes
 def encode_vision(vision: Any, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Patches (N, 1176) of one picture or clip -> merged tokens (N / 4, hidden), in the module's dtype.
@@ -91,13 +83,45 @@ def encode_vision(vision: Any, patches: Tensor, grid: tuple[int, int, int]) -> T
             f"{len(patches)} patches do not fill a grid of {frames} x {height} x {width} in blocks of {merge} x {merge}.\n"
             "Pass patches and grid as preprocess.vit_patches returned them."
         )
-    buffer = vision.rotary_pos_emb.inv_freq
-    # A cast of the whole module takes the buffer along, and bfloat16 counts no further than 256.
-    if buffer.dtype != torch.float32 or buffer.device != patches.device:
-        restore_buffers(vision, patches.device)
+    vision.rotary_pos_emb.set_type(patches.dtype, patches.device)
     result = vision(patches, grid_thw=torch.tensor([grid], device=patches.device))
     # transformers 4 returns the merged tokens themselves, 5 an object that also holds the unmerged.
     return result if isinstance(result, Tensor) else result.pooler_output
+
+
+class RotaryAngles(nn.Module):
+    """Stands in for ``rotary_pos_emb``, whose frequencies are a buffer that no file holds; these are made when asked for.
+
+    Where weights have learned it so (``frequencies_are_rounded``), angles are rounded to bfloat16 as well: the reference's
+    buffer takes the type of its weights, and the positions take the buffer's (modeling/vit/qwen2_5_vl_vit.py). At 48
+    patches that turns a pair by up to an eighth of a radian, at 72 by a quarter.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config, self.dtype = config, torch.float32
+
+    def set_type(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Of the angles of a pass that computes in this type on this device."""
+        self.dtype = torch.bfloat16 if frequencies_are_rounded(self.config, dtype, device) else torch.float32
+
+    def forward(self, *asked: Any) -> Any:
+        """What each transformers asks for. (d is the head's dimension; a quarter of it each for rows and columns, twice.)
+
+        Before 5.10: how many -> the angles (n, d / 4) of the first n positions. Then: positions (N, 2) -> angles (N, d / 2).
+        From 5.17: hidden states and positions (N, 2) -> cosines and sines (N, d).
+        """
+        positions = asked[-1]
+        if len(asked) == 2:
+            angles = self._angles(positions)
+            angles = torch.cat((angles, angles), dim=-1)
+            return angles.cos(), angles.sin()
+        return self._angles(positions if positions.ndim else torch.arange(int(positions), device=positions.device))
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        half = self.config.hidden_size // self.config.num_heads // 2
+        frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
+        return (positions.to(self.dtype).unsqueeze(-1) * frequencies.to(positions.device, self.dtype)).flatten(1)
 
 
 class Segments:

@@ -92,8 +92,9 @@ def _write_vocabulary(tokenizer: Tokenizer, to: Path) -> None:
 def export_vision(state: dict[str, Tensor], to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     save_file(rounded(state), to / "vit.safetensors", NOTES)
-    fields = {name: getattr(VISION, name) for name in VISION.__dataclass_fields__}
-    write_json(to / "config.json", {**fields, "model_type": "qwen2_5_vl", "hidden_act": "silu", "in_channels": 3})
+    fields = {name: getattr(VISION, name) for name in VISION.__dataclass_fields__ if name != "bfloat16_frequencies"}
+    others = {"model_type": "qwen2_5_vl", "hidden_act": "silu", "in_channels": 3, "torch_dtype": "float32"}
+    write_json(to / "config.json", {**fields, **others})
 
 
 def main() -> None:

@@ -37,7 +37,13 @@ CONFIG = LanceConfig(
     sizes=TrainedSizes("image_96res", "video_96p", (SIDE, SIDE), (SIDE, SIDE), FRAMES, FRAMES, FRAMES / 12),
 )
 VISION = VisionConfig(
-    depth=3, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=160, fullatt_block_indexes=(1, 2)
+    depth=3,
+    hidden_size=96,
+    intermediate_size=192,
+    num_heads=4,
+    out_hidden_size=160,
+    fullatt_block_indexes=(1, 2),
+    bfloat16_frequencies=False,
 )
 IMAGE_PRESET = CONFIG.sizes.image_preset
 
