@@ -2,7 +2,7 @@
 
 from .nodes import comfy_entrypoint
 
-# Help pages and their pictures (web/docs); there is no script in it.
+# Help pages and their pictures (web/docs), and one small script.
 WEB_DIRECTORY = "./web"
 
 __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

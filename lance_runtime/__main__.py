@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,6 +121,7 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
         "--interval", type=float, nargs=2, default=(0.4, 1.0), metavar=("LOW", "HIGH"), help="sigmas with guidance"
     )
     group.add_argument("--renorm", choices=RENORM_KINDS, default="global", help="keep the norm of the unguided velocity")
+    group.add_argument("--renorm-min", type=float, default=0.0, help="renorm shrinks no further (default: %(default)s)")
     group.add_argument(
         "--uncond-positions",
         choices=UNCOND_POSITIONS,
@@ -143,6 +145,7 @@ def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
             scale=options.guidance,
             interval=tuple(options.interval),
             renorm=options.renorm,
+            renorm_min=options.renorm_min,
             visual_scale=options.visual_guidance,
             uncond_positions=options.uncond_positions,
         ),
@@ -206,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 with one line on what is wrong, or 130 where a download was stopped."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     command = COMMANDS.get(arguments[0]) if arguments else None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer in Chinese, on a terminal that knows none
     try:
         print(command(arguments[1:]) if command else run(build_parser().parse_args(arguments)))
     except (ValueError, OSError) as error:

@@ -12,13 +12,16 @@ from tqdm import tqdm
 
 from .checkpoint import TensorFile
 from .convert import convert, find_quantised
+from .denoise import flow_sigmas
 from .dequantize import plain_tensors
 from .files import VARIANT_FOLDERS, find_model, find_sources
+from .memory import checked_device
 from .pipeline import LancePipeline
 from .quant_error import Comparison, Settings, compare
 from .quant_formats import FORMATS
 from .quantize import SCOPES, Plan, Written, quantize
 from .terminal import DTYPES, Parser, Progress
+from .types import PixelShape
 
 QUANTIZE = """Write a quantised copy of a Lance checkpoint that ComfyUI loads natively, and say what that costs.
 
@@ -108,6 +111,8 @@ def run_quantize(arguments: Sequence[str]) -> str:
     file = TensorFile(find_model(options.model, options.variant))
     if not options.no_measure:
         _check_can_be_measured(options)
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
     with Progress("writing", "B") as bar:
         written = quantize(file, options.output, plan, bar)
     result = None if options.no_measure else _measured(options, written)
@@ -135,6 +140,9 @@ def _without_tokenizer(path: Path, advice: str = "") -> list[str]:
 
 def _check_can_be_measured(options: argparse.Namespace) -> None:
     """Before minutes are spent on writing."""
+    checked_device(options.device)
+    PixelShape(1, options.size, options.size).latent()
+    flow_sigmas(options.steps)
     try:
         find_sources(options.model, options.variant)
     except FileNotFoundError as error:

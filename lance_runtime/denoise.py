@@ -62,8 +62,9 @@ def check_sigmas(sigmas: Sequence[float]) -> Tensor:
 
 
 def draw_noise(context: Context | None, target: LatentShape, seed: int, channels: int = 48) -> Tensor:
-    """Noise (C, T, H, W) as the reference draws it: on the CPU, in float32, one row a latent token of the sequence.
+    """Noise (C, T, H, W) as the reference draws it on a CPU, in float32, one row a latent token of the sequence.
 
+    (On a card it draws with that card's generator, from which the same seed gives other numbers.)
     Clean latents of the context come first in the draw and their rows are not used, so that the noise of an edit
     depends on the size of its sources.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .preprocess import sample_frames
+from .preprocess import sample_frames, to_frames
 from .types import LANCE_3B, VIDEO_FPS
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
@@ -21,6 +21,8 @@ def read_image(path: Path) -> Image.Image:
     try:
         picture = ImageOps.exif_transpose(Image.open(path))
         picture.load()
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path.name} is too large a picture: {error}.\nScale it down first; Lance sees 768 x 768.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is no picture.\nUse PNG, JPEG or WebP.") from error
     except OSError as error:
@@ -46,7 +48,7 @@ def read_video(path: Path, most_seconds: float = LANCE_3B.seconds) -> np.ndarray
         if not path.is_file():
             raise
         raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is no video.\nUse MP4, MOV, WebM or GIF.") from error
-    return np.stack([kept[index] for index in wanted])
+    return to_frames(np.stack([kept[index] for index in wanted]))
 
 
 def _decoded(path: Path) -> Iterator[Any]:
@@ -58,7 +60,8 @@ def _decoded(path: Path) -> Iterator[Any]:
 
 def _upright(frame: Any) -> np.ndarray:
     """A frame as it is meant to be seen: phones film sideways, and say so beside it."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    clear = any(component.is_alpha for component in frame.format.components)
+    return np.rot90(frame.to_ndarray(format="rgba" if clear else "rgb24"), round(frame.rotation / 90))
 
 
 def check_suffix(path: Path, video: bool) -> None:

@@ -135,7 +135,7 @@ def vit_patches(frames: Any, preset: str, vision_config: VisionConfig) -> tuple[
     frames = to_frames(frames)
     height, width = frames.shape[1:3]
     resized = _fit(frames, _nearest_bucket(height, width, preset, "vit"))
-    resized = _centre(resized, vit_size(height, width, preset, vision_config))
+    resized = centre(resized, vit_size(height, width, preset, vision_config))
     depth, side, merge = vision_config.temporal_patch_size, vision_config.patch_size, vision_config.spatial_merge_size
     missing = -len(resized) % depth
     clip = torch.from_numpy(np.concatenate([resized, *[resized[-1:]] * missing]))
@@ -158,12 +158,20 @@ def _fit(frames: np.ndarray, size: Size) -> np.ndarray:
     Scaling first and cropping after would filter over pixels that the crop removes: other latents (by 0.3 and more).
     """
     crop = _crop_to_ratio(frames.shape[1], frames.shape[2], size)
-    return np.stack([_resize(frame, size) for frame in _centre(frames, crop)])
+    return np.stack([_resize(frame, size) for frame in centre(frames, crop)])
 
 
 def _crop_to_ratio(height: int, width: int, size: Size) -> Size:
-    """The largest size within height and width that has the ratio of ``size``."""
+    """The largest size within height and width that has the ratio of ``size``, or the nearest to it of the whole area.
+
+    The reference crops by torchvision's RandomResizedCrop (data/video/transforms/bucket_resize.py), which first looks for
+    the picture's own area in that ratio. Rounded to whole pixels that fits where the ratios are next to equal: 854 x 480 for
+    16:9 stays whole. (A pixel to spare, which it would leave to chance on either side, is left at the end.)
+    """
     ratio = size[1] / size[0]
+    rows, columns = round(math.sqrt(height * width / ratio)), round(math.sqrt(height * width * ratio))
+    if 0 < rows <= height and 0 < columns <= width:
+        return rows, columns
     # Rounding can leave nothing of a strip one pixel wide.
     return (height, max(1, round(height * ratio))) if width / height > ratio else (max(1, round(width / ratio)), width)
 
@@ -173,8 +181,9 @@ def _resize(frame: np.ndarray, size: Size) -> np.ndarray:
     return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def _centre(frames: np.ndarray, size: Size) -> np.ndarray:
-    top, left = (frames.shape[1] - size[0]) // 2, (frames.shape[2] - size[1]) // 2
+def centre(frames: np.ndarray, size: Size) -> np.ndarray:
+    """The middle (T, *size, 3) of frames (T, H, W, 3); a side that is shorter than asked for stays whole."""
+    top, left = (max(0, whole - cut) // 2 for whole, cut in zip(frames.shape[1:3], size, strict=True))
     return frames[:, top : top + size[0], left : left + size[1]]
 
 

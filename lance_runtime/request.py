@@ -149,6 +149,7 @@ class Request:
             *((name, str, "text", 'Use "" for no words') for name in TEXTS),
             *((name, Integral, "a whole number", "Round it to the one that you mean") for name in WHOLE_NUMBERS),
             ("images", (list, tuple), "a list", "Pass images=[picture], also for a single one"),
+            ("guidance", Guidance, "a Guidance", "Pass guidance=Guidance(scale=4.0)"),
         )
         for name, kind, words, remedy in fitting:
             value = getattr(self, name)
@@ -157,7 +158,18 @@ class Request:
                 shown = repr(value) if isinstance(value, (str, float)) else f"of type {type(value).__name__}"
                 raise ValueError(f"{name} is {shown}, where {words} belongs.\n{remedy}.")
 
+    def _check_context(self) -> None:
+        """A ready-made context has its words and pictures in it."""
+        said = ["images"] * bool(len(self.images)) + ["video"] * (self.video is not None)
+        said += [name for name in ("prompt", "question", "instruction") if getattr(self, name)]
+        if self.context is not None and said:
+            raise ValueError(
+                f"{self.task} takes 1 context, and got {len(said)} of what belongs into it: {', '.join(said)}.\n"
+                "Add them to the context, or leave the context out."
+            )
+
     def _check_inputs(self) -> None:
+        self._check_context()
         least, most = PICTURES[self.task]
         if self.context is None and not least <= len(self.images) <= most:
             wanted = "no" if most == 0 else f"exactly {least}" if least == most else f"at least {least}"

@@ -8,9 +8,9 @@ from ..lance_runtime.types import Modality
 from .clip import lance_of
 from .pictures import (
     AS_IS,
+    AUTO,
     FPS,
     SAMPLED,
-    empty_latent,
     encode_source,
     fps_input,
     frames_of,
@@ -20,6 +20,7 @@ from .pictures import (
     resolution_input,
     sizes_of,
     source_input,
+    source_latent,
 )
 from .schema import CATEGORY, LanceContext, LanceVitTokens, io
 
@@ -172,7 +173,10 @@ class LanceNativeEdit(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         images = io.Autogrow.TemplatePrefix(
-            io.Image.Input("image", tooltip="A picture to change."), "image_", min=0, max=MAX_VISUALS
+            io.Image.Input("image", tooltip="A picture to change; of a batch the first."),
+            "image_",
+            min=0,
+            max=MAX_VISUALS,
         )
         return io.Schema(
             node_id="LanceNativeEdit",
@@ -194,7 +198,7 @@ class LanceNativeEdit(io.ComfyNode):
             ],
             outputs=[
                 LanceContext.Output(display_name="context", tooltip="The pictures, for Lance Sampler or Lance Conditioning."),
-                io.Latent.Output(display_name="latent", tooltip="An empty latent as large as the last source."),
+                io.Latent.Output(display_name="latent", tooltip="The last source, to begin with: a mask keeps parts of it."),
             ],
         )
 
@@ -209,7 +213,7 @@ class LanceNativeEdit(io.ComfyNode):
         task = "image_edit" if video is None else "video_edit"
         parts = [_both_streams(clip, vae, source, resolution, FPS, Modality.EDIT_SOURCE) for source in sources]
         context = open_context(lance_of(clip).tokenizer, system_sentence(task), [s for part in parts for s in part])
-        return io.NodeOutput(context, empty_latent(context.segments[-1].grid, batch_size))
+        return io.NodeOutput(context, source_latent(context.segments[-1], batch_size))
 
 
 class LanceNativeSubject(io.ComfyNode):
@@ -229,6 +233,9 @@ class LanceNativeSubject(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of Load Lance."),
                 io.Autogrow.Input("images", template=images, tooltip="One picture a subject; many tend to melt into one."),
                 resolution_input(),
+                io.Latent.Input(
+                    "latent", optional=True, tooltip="The latent to begin with: where it is a video, 'auto' sees as for videos."
+                ),
             ],
             outputs=[
                 LanceContext.Output(display_name="context", tooltip="The subjects, for Lance Sampler or Lance Conditioning.")
@@ -236,11 +243,14 @@ class LanceNativeSubject(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip: Any, vae: Any, resolution: str, images: dict) -> io.NodeOutput:
+    def execute(cls, clip: Any, vae: Any, resolution: str, images: dict, latent: dict | None = None) -> io.NodeOutput:
+        lance = lance_of(clip)
+        if resolution == AUTO and latent is not None:  # a subject is as large as the task's other pictures, as in training
+            resolution = lance.sizes.preset(video=grid_of(latent).frames > 1)
         parts = [
             _both_streams(clip, vae, image[:1], resolution, FPS, Modality.SUBJECT)
             for image in images.values()
             if image is not None
         ]
         system = system_sentence("subject_image")
-        return io.NodeOutput(open_context(lance_of(clip).tokenizer, system, [s for part in parts for s in part]))
+        return io.NodeOutput(open_context(lance.tokenizer, system, [s for part in parts for s in part]))

@@ -63,7 +63,7 @@ class LanceNativeContextInspector(io.ComfyNode):
         target = None if latent is None else grid_of(latent)
         sequence = layout(generation_context(lance.tokenizer, context, lance.tokenizer.encode(prompt)), target)
         text = describe(sequence, lance)
-        picture = torch.from_numpy(np.asarray(draw(sequence, text))).float().div(255)[None]
+        picture = torch.from_numpy(np.array(draw(sequence, text))).float().div(255)[None]
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(picture, text, ui={**shown, "text": [text]})
 

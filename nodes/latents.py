@@ -3,15 +3,17 @@
 import math
 from typing import Any
 
+import comfy.utils
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..lance_runtime.types import LANCE_3B, TEMPORAL_STRIDE, VIDEO_FPS, LatentShape, PixelShape, TrainedSizes
+from ..lance_runtime.denoise import Given
+from ..lance_runtime.types import LANCE_3B, TEMPORAL_STRIDE, VIDEO_FPS, PixelShape, TrainedSizes
 from ..lance_runtime.visuals import encode_given
 from .model import check_model
 from .pictures import FORMAT, bytes_of, empty_latent, encode, frames_of, grid_of, is_video, normalised, source_input
-from .progress import node_of, say
+from .progress import node_of, say, text_of
 from .schema import CATEGORY, io
 
 CUSTOM = "custom"
@@ -107,7 +109,7 @@ class LanceNativeEmptyLatent(io.ComfyNode):
         shape = PixelShape(frames, height, width)
         note = described(shape, sizes, batch_size)
         say(node_of(cls), note)
-        return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames, ui={"text": [note]})
+        return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames, ui=text_of(note))
 
 
 def described(shape: PixelShape, sizes: TrainedSizes, batch: int = 1) -> str:
@@ -170,17 +172,31 @@ class LanceNativeVideoStart(io.ComfyNode):
         middle: Tensor | None = None,
         continue_from: Any = None,
     ) -> io.NodeOutput:
-        grid, batch = grid_of(latent), latent["samples"].shape[0]
+        grid = grid_of(latent)
         pictures = _continued(continue_from, overlap) if continue_from is not None else {}
-        for index, picture in ((0, first), (round(middle_at * (grid.frames - 1)), middle), (grid.frames - 1, last)):
+        for name, index, picture in (
+            ("first", 0, first),
+            ("middle", round(middle_at * (grid.frames - 1)), middle),
+            ("last", grid.frames - 1, last),
+        ):
+            if picture is not None and index in pictures:
+                raise ValueError(
+                    f"{name!r} would take latent frame {index} of {grid.frames}, which another input gives.\n"
+                    "Make the video longer in Empty Lance Latent, move 'middle_at', or connect one of the two."
+                )
             if picture is not None:
                 pictures[index] = frames_of(picture[:1])
         if not pictures:
             raise ValueError(
                 "Lance Video Start has 0 given frames; it needs 1 or more.\nConnect a picture, or leave the node out."
             )
+        if set(pictures) >= set(range(grid.frames)):
+            raise ValueError(
+                f"All {grid.frames} latent frames of the video are given: 0 are left to draw.\n"
+                "Make it longer in Empty Lance Latent: 5 frames or more, and more than 'overlap'."
+            )
         given = encode_given(pictures, grid, lambda pixels: normalised(encode(vae, pixels)))
-        return io.NodeOutput(_with_given(grid, batch, given.frames, given.latents))
+        return io.NodeOutput(_with_given(latent, given))
 
 
 def _continued(source: Any, overlap: int) -> dict[int, Any]:
@@ -204,13 +220,17 @@ def _last_frames(source: Any, most: int) -> np.ndarray:
     return bytes_of(images[indices])
 
 
-def _with_given(grid: LatentShape, batch: int, frames: list[int], latents: Tensor) -> dict[str, Any]:
-    """A LATENT whose noise mask (1 is drawn, 0 is given) leaves the given frames alone."""
-    values = torch.zeros(1, FORMAT.latent_channels, *grid)
-    values[:, :, frames] = latents
+def _with_given(latent: dict[str, Any], given: Given) -> dict[str, Any]:
+    """A LATENT whose noise mask (1 is drawn, 0 is given) leaves the given frames alone, and those given before."""
+    grid, batch = grid_of(latent), latent["samples"].shape[0]
+    start, samples = empty_latent(grid, batch), latent["samples"].float().cpu().reshape(batch, -1, *grid)
+    # ComfyUI takes zeros for no picture, in its own terms or in the model's.
+    values = FORMAT.process_in(samples) if samples.count_nonzero() else torch.zeros_like(samples)
+    values[:, :, given.frames] = given.latents.to(values)
     mask = torch.ones(1, 1, *grid)
-    mask[:, :, frames] = 0
-    start = empty_latent(grid, batch)
+    if "noise_mask" in latent:
+        before = latent["noise_mask"].float().cpu()
+        mask = comfy.utils.reshape_mask(before, (len(before) if before.ndim == 5 else 1, 1, *grid)).clone()
+    mask[:, :, given.frames] = 0
     device = start["samples"].device
-    samples = FORMAT.process_out(values).repeat(batch, 1, 1, 1, 1)
-    return {**start, "samples": samples.to(device), "noise_mask": mask.to(device)}
+    return {**latent, **start, "samples": FORMAT.process_out(values).to(device), "noise_mask": mask.to(device)}

@@ -26,7 +26,7 @@ class LanceNativeLoader(io.ComfyNode):
             display_name="Load Lance",
             category=CATEGORY,
             description="Loads Lance as an ordinary MODEL, CLIP and VAE. MODEL and CLIP share one copy of the weights.",
-            search_aliases=["lance", "bytedance", "load lance", "lance loader", "checkpoint"],
+            search_aliases=["lance", "bytedance", "load lance", "nano", "multimodal", "checkpoint"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -77,9 +77,11 @@ class LanceNativeLoader(io.ComfyNode):
         """
         if model_name == NANO_CHOICE:
             return True
-        for folder, name in (("diffusion_models", model_name), ("text_encoders", vit_name), ("vae", vae_name)):
+        named = {"diffusion_models": model_name, "text_encoders": vit_name, "vae": vae_name}
+        for widget, (folder, name) in zip(("model_name", "vit_name", "vae_name"), named.items(), strict=True):
             if name not in (None, AUTO_VIT) and name not in (known := model_files(folder)):
-                return f"{name!r} is none of the {len(known)} files in models/{folder}: put it there, or choose another."
+                what = f"{widget} {name!r} is none"  # ComfyUI says this of every widget that is checked here
+                return f"{what} of the {len(known)} files in models/{folder}: put it there, or choose another."
         return True
 
     @classmethod

@@ -211,6 +211,11 @@ class LanceModel(comfy.model_base.BaseModel):
     def memory_required(self, input_shape: Sequence[int], cond_shapes: dict | None = None) -> float:
         # ComfyUI's formula is linear in the tokens; ours hold less each the more they are.
         tokens = input_shape[0] * math.prod(input_shape[2:])
+        if tokens == 0:
+            raise ValueError(
+                f"An area of a conditioning holds 0 tokens of the latent {list(input_shape[2:])}: it lies outside.\n"
+                "Conditioning (Set Area) counts Lance's pixels double: halve x, y, width and height."
+            )
         return super().memory_required(input_shape, cond_shapes or {}) * held_share(tokens)
 
     def process_timestep(self, timestep: Tensor, **kwargs: Any) -> Tensor:

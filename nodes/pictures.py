@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lance_runtime.preprocess import fitted_pixels, presets, sample_frames, to_frames, vae_pixels
+from ..lance_runtime.context import Segment
+from ..lance_runtime.preprocess import centre, fitted_pixels, presets, sample_frames, to_frames, vae_pixels
 from ..lance_runtime.types import LANCE_3B, SPATIAL_STRIDE, TEMPORAL_STRIDE, LatentShape, TrainedSizes
 from .schema import io
 
@@ -36,8 +37,8 @@ def frames_of(source: Any, fps: float = FPS, sizes: TrainedSizes = LANCE_3B) -> 
         images, fps = parts.images, float(parts.frame_rate)
     else:
         images = source
-    frames = bytes_of(images)
-    return frames[sample_frames(len(frames), fps, sizes.seconds)] if len(frames) > 1 else frames
+    seen = images[sample_frames(len(images), fps, sizes.seconds)] if len(images) > 1 else images
+    return bytes_of(seen)  # these alone: a minute of video takes gigabytes more in every type that it passes
 
 
 def bytes_of(images: Tensor) -> np.ndarray:
@@ -75,8 +76,8 @@ def encode(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
 def encode_source(vae: Any, frames: np.ndarray, resolution: str) -> dict[str, Tensor]:
     """A source as a LATENT, cut and scaled to its bucket, or "as is" (cut to multiples of 16)."""
     if resolution == AS_IS:
-        height, width = (size // SPATIAL_STRIDE * SPATIAL_STRIDE for size in frames.shape[1:3])
-        return encode(vae, fitted_pixels(frames, (max(height, SPATIAL_STRIDE), max(width, SPATIAL_STRIDE))))
+        height, width = (max(1, size // SPATIAL_STRIDE) * SPATIAL_STRIDE for size in frames.shape[1:3])
+        return encode(vae, fitted_pixels(centre(frames, (height, width)), (height, width)))
     return encode(vae, vae_pixels(frames, preset_of(resolution, frames, sizes_of(vae))))
 
 
@@ -110,6 +111,13 @@ def empty_latent(grid: LatentShape, batch: int = 1) -> dict[str, Any]:
         "downscale_ratio_spacial": SPATIAL_STRIDE,
         "downscale_ratio_temporal": TEMPORAL_STRIDE,
     }
+
+
+def source_latent(segment: Segment, batch: int = 1) -> dict[str, Any]:
+    """A segment of latents as a LATENT to start from; noise covers it, but where a mask or ``denoise`` keeps it."""
+    start = empty_latent(segment.grid, batch)
+    samples = FORMAT.process_out(segment.values[None].float()).expand(batch, -1, -1, -1, -1)
+    return {**start, "samples": samples.to(start["samples"])}
 
 
 def source_input(name: str, tooltip: str, optional: bool = False) -> io.MultiType.Input:

@@ -62,9 +62,14 @@ class Recipe:
             )
         if tagged is None or torch.count_nonzero(tagged) == 0:
             return replace(recipe, ids=())
-        if tagged.shape[1] != recipe.length_of_tag or not torch.equal(tagged.float().cpu(), recipe.tagged()):
+        found, own = tagged.float().cpu(), recipe.tagged()
+        if not torch.equal(found, own):
+            entries, wanted = found.shape[1], own.shape[1]
+            changed = f"{entries} entries where {wanted} belong"
+            if found.shape == own.shape:
+                changed = f"{int((found != own).sum())} of its {wanted} entries are others"
             raise ValueError(
-                f"This conditioning was merged with another: {tagged.shape[1]} entries where {recipe.length_of_tag} belong.\n"
+                f"This conditioning was merged with another: {changed}.\n"
                 "Lance cannot concatenate or average prompts; write one prompt, or use Conditioning (Combine)."
             )
         return recipe
@@ -75,10 +80,6 @@ class Recipe:
             return None
         first, *ids = (int(value) - 1 for value in tagged.flatten())
         return cls(tuple(ids)) if first == 0 and min(ids, default=0) >= 0 else None
-
-    @property
-    def length_of_tag(self) -> int:
-        return len(self.ids) + 1
 
     def layout(self, tokenizer: LanceTokenizer, target: LatentShape) -> Layout:
         """The whole sequence for a target of this size."""

@@ -14,7 +14,6 @@ from ..lance_runtime.context import Context
 from ..lance_runtime.denoise import draw_noise, flow_sigmas
 from ..lance_runtime.guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
 from ..lance_runtime.types import LatentShape
-from .clip import lance_of
 from .conditioning import conditionings
 from .guidance import patched
 from .model import check_model
@@ -66,7 +65,7 @@ class LanceNativeConditioning(io.ComfyNode):
     def execute(
         cls, clip: Any, prompt: str, negative_prompt: str, uncond_positions: str, context: Context | None = None
     ) -> io.NodeOutput:
-        return io.NodeOutput(*conditionings(lance_of(clip), context, prompt, negative_prompt, uncond_positions))
+        return io.NodeOutput(*conditionings(clip, context, prompt, negative_prompt, uncond_positions))
 
 
 class LanceNativeGuidance(io.ComfyNode):
@@ -150,7 +149,9 @@ class LanceNativeScheduler(io.ComfyNode):
             description="The reference's own schedule, exact for every number of steps.",
             search_aliases=["sigmas", "shift", "lance sigmas"],
             inputs=[
-                io.Int.Input("steps", default=30, min=1, max=1000, tooltip="30 is the model's own; the benchmarks use 50."),
+                io.Int.Input(
+                    "steps", default=30, min=1, max=1000, tooltip="30 is the model's own; its picture benchmarks use 50."
+                ),
                 io.Float.Input(
                     "shift",
                     default=3.5,
@@ -205,7 +206,7 @@ class LanceNativeNoise(io.ComfyNode):
             node_id="LanceNativeNoise",
             display_name="Lance Noise",
             category=CATEGORY,
-            description="Noise as the reference draws it, so that a seed gives the reference's picture.",
+            description="Noise as the reference draws it on a CPU: a seed gives the same picture there and here.",
             search_aliases=["random noise", "seed", "lance seed"],
             inputs=[
                 io.Int.Input("noise_seed", default=42, min=0, max=2**64 - 1, control_after_generate=True, tooltip=SEED),
@@ -213,7 +214,7 @@ class LanceNativeNoise(io.ComfyNode):
                     "context",
                     optional=True,
                     tooltip="The reference draws noise for the pictures of the context too, before that of the target. "
-                    "Connect it to repeat the reference's edits.",
+                    "Connect it to repeat its edits.",
                 ),
             ],
             outputs=[io.Noise.Output(tooltip="For SamplerCustomAdvanced.")],
@@ -232,7 +233,7 @@ class LanceNativeSampler(io.ComfyNode):
             display_name="Lance Sampler",
             category=CATEGORY,
             description="Draws with the reference's own settings in one node: conditioning, guidance, schedule, noise, steps.",
-            search_aliases=["ksampler", "generate", "lance generate", "text to image", "edit image"],
+            search_aliases=["ksampler", "lance generate", "text to image", "t2i", "t2v", "img2img", "inpaint"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL of Load Lance."),
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
@@ -241,7 +242,9 @@ class LanceNativeSampler(io.ComfyNode):
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="", tooltip=NEGATIVE),
                 LanceContext.Input("context", optional=True, tooltip=CONTEXT),
                 io.Int.Input("seed", default=42, min=0, max=2**64 - 1, control_after_generate=True, tooltip=SEED),
-                io.Int.Input("steps", default=30, min=1, max=1000, tooltip="30 is the model's own; the benchmarks use 50."),
+                io.Int.Input(
+                    "steps", default=30, min=1, max=1000, tooltip="30 is the model's own; its picture benchmarks use 50."
+                ),
                 io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="4 is the model's own; 1 is off."),
                 io.Float.Input("shift", default=3.5, min=0.01, max=100.0, step=0.01, tooltip=SHIFT, advanced=True),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=DENOISE, advanced=True),
@@ -272,7 +275,7 @@ class LanceNativeSampler(io.ComfyNode):
         **guidance: Any,
     ) -> io.NodeOutput:
         check_model(model)
-        positive, negative, _ = conditionings(lance_of(clip), context, prompt, negative_prompt, uncond_positions)
+        positive, negative, _ = conditionings(clip, context, prompt, negative_prompt, uncond_positions)
         interval = guidance.pop("interval_start"), guidance.pop("interval_end")
         chosen, sigmas = Guidance(interval=interval, **guidance), schedule(steps, shift, denoise)
         guider = comfy.samplers.CFGGuider(patched(model, chosen))

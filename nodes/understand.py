@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +13,8 @@ from ..lance_runtime.grounding import find_boxes
 from ..lance_runtime.preprocess import vit_area, vit_size
 from ..lance_runtime.prompts import enhancement, system_sentence
 from .clip import LanceTextModel, answer_of, lance_of
-from .pictures import SAMPLED, frames_of, preset_of, resolution_input
-from .progress import node_of, say
+from .pictures import AUTO, SAMPLED, frames_of, preset_of, resolution_input
+from .progress import node_of, say, text_of
 from .schema import CATEGORY, LanceContext, io
 
 
@@ -30,7 +31,7 @@ def _texts(lance: LanceTextModel, ids: Iterator[int]) -> Iterator[str]:
     written: list[int] = []
     for token in ids:
         written.append(token)
-        yield lance.tokenizer.decode(written)
+        yield lance.tokenizer.decode(written).rstrip("\ufffd")  # a character of which the last bytes are to come
 
 
 def sampling_inputs() -> list[io.Input]:
@@ -69,14 +70,19 @@ def sampling_inputs() -> list[io.Input]:
 class LanceNativeAsk(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        images = io.Autogrow.TemplatePrefix(io.Image.Input("image"), "image_", min=0, max=16)
+        images = io.Autogrow.TemplatePrefix(
+            io.Image.Input("image", tooltip="A picture; of a batch the first. Frames of a video belong to 'video'."),
+            "image_",
+            min=0,
+            max=16,
+        )
         return io.Schema(
             node_id="LanceNativeAsk",
             display_name="Lance Ask",
             category=CATEGORY,
             description="Asks about pictures or a video; without a question it describes them. The answer appears in the node "
             "as it is written. Boxes that the answer names come out as boxes and as a mask.",
-            search_aliases=["caption", "vqa", "describe", "question", "ocr", "grounding", "detect", "interrogate"],
+            search_aliases=["caption", "vqa", "describe", "question", "ocr", "detect", "interrogate", "describe image", "vlm"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of Load Lance."),
                 io.String.Input("question", multiline=True, dynamic_prompts=True, default="", tooltip="Empty: a description."),
@@ -109,33 +115,32 @@ class LanceNativeAsk(io.ComfyNode):
         video: Any = None,
         context: Context | None = None,
     ) -> io.NodeOutput:
+        lance, question = lance_of(clip), question.strip()
         sources = [image[:1] for image in (images or {}).values() if image is not None] + ([] if video is None else [video])
-        if context is None and not sources and not question.strip():
+        if context is None and not sources and not question:
             raise ValueError(
                 "Lance Ask has 0 pictures to describe; it needs 1 or more.\nConnect an image or a video, or write a question."
             )
+        pictures = [frames_of(source, sizes=lance.sizes) for source in sources]
         if context is None:
             task = "x2t_image" if video is None else "x2t_video"
-            context = _seen(clip, sources, resolution, system_sentence(task, asked=bool(question)))
-        asked = question_context(lance_of(clip).tokenizer, context, question)
+            context = _seen(lance, pictures, resolution, system_sentence(task, asked=bool(question)))
+        asked = question_context(lance.tokenizer, context, question)
         answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls))
-        boxes, mask = _boxes(clip, answer, sources, resolution)
-        return io.NodeOutput(answer, boxes, mask, ui={"text": [answer]})
+        boxes, mask = _boxes(lance, answer, pictures, resolution)
+        return io.NodeOutput(answer, boxes, mask, ui=text_of(answer))
 
 
-def _seen(clip: Any, sources: list[Any], resolution: str, system: str) -> Context:
-    lance = lance_of(clip)
-    frames = [frames_of(source, sizes=lance.sizes) for source in sources]
-    seen = [lance.tower.encode(one, preset_of(resolution, one, lance.sizes)) for one in frames]
+def _seen(lance: LanceTextModel, pictures: list[np.ndarray], resolution: str, system: str) -> Context:
+    seen = [lance.tower.encode(frames, preset_of(resolution, frames, lance.sizes)) for frames in pictures]
     return open_context(lance.tokenizer, system, seen)
 
 
-def _boxes(clip: Any, answer: str, sources: list[Any], resolution: str) -> tuple[list[dict], Tensor]:
+def _boxes(lance: LanceTextModel, answer: str, pictures: list[np.ndarray], resolution: str) -> tuple[list[dict], Tensor]:
     """Boxes in pixels of the (last) picture, and a mask of them; nothing where there is no picture."""
-    if not sources:
+    if not pictures:
         return [], torch.zeros(1, 64, 64)
-    lance = lance_of(clip)
-    frames = frames_of(sources[-1], sizes=lance.sizes)
+    frames = pictures[-1]
     height, width = frames.shape[1:3]
     shown = height, width, preset_of(resolution, frames, lance.sizes), lance.tower.config
     boxes = find_boxes(answer, vit_size(*shown), vit_area(*shown), (height, width))
@@ -188,11 +193,12 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
         """The prompt in Lance's words; the user's own where nothing readable comes back."""
         if image is None and not prompt.strip():
             raise ValueError("Lance Enhance Prompt has 0 words to rewrite; it needs 1 or more.\nWrite what to draw.")
-        sources = [] if image is None else [image[:1]]
-        context = _seen(clip, sources, "auto", system_sentence("x2t_image", asked=True))
-        asked = question_context(lance_of(clip).tokenizer, context, enhancement(style, prompt))
+        lance = lance_of(clip)
+        pictures = [] if image is None else [frames_of(image[:1])]
+        context = _seen(lance, pictures, AUTO, system_sentence("x2t_image", asked=True))
+        asked = question_context(lance.tokenizer, context, enhancement(style, prompt))
         answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls)).strip()
         better = answer if answer and "\ufffd" not in answer else prompt
         both = f"{prompt}\n\u2192 {better}"
         say(node_of(cls), both)
-        return io.NodeOutput(better, ui={"text": [both]})
+        return io.NodeOutput(better, ui=text_of(both))

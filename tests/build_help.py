@@ -111,8 +111,8 @@ EXAMPLES: dict[str, tuple[Graph, ...]] = {
         drawn(["edit", 1], "Make it a cold winter evening with falling snow.", ["edit", 0]),
     ),
     "LanceNativeSubject": (
-        picture(),
-        {"subject": subject(image_0=["picture", 0]), "empty": empty()},
+        {**picture(), "empty": empty()},
+        {"subject": subject(image_0=["picture", 0])},
         drawn(["empty", 0], "The subject stands on a sunny beach, wide shot.", ["subject", 0]),
     ),
     "LanceNativeConditioning": (

@@ -482,7 +482,7 @@ def prompts(nodes: Any) -> dict:
     except ValueError as error:
         report["of another model"] = str(error)
     context, _ = graph.edit()
-    positive = conditioning.conditionings(graph.clip.cond_stage_model, context, "red", "", "cached")[0]
+    positive = conditioning.conditionings(graph.clip, context, "red", "", "cached")[0]
     file = io.BytesIO()
     torch.save(positive, file)
     file.seek(0)

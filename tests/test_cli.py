@@ -1,5 +1,6 @@
 """The command line: all nine tasks, the files that they write, the help, and errors in one line."""
 
+import os
 import struct
 import subprocess
 import sys
@@ -167,8 +168,11 @@ def test_a_clip_of_one_frame_is_a_clip(output, capsys):
 def test_every_option_reaches_the_pipeline(image_pipe):
     options = ["--guidance", "3", "--interval", "0.1", "0.9", "--renorm", "channel", "--uncond-positions", "dense"]
     options += ["--visual-guidance", "1.5", "--negative-prompt", "blur", "--shift", "2", "--instruction", "Draw:"]
+    options += ["--renorm-min", "0.5"]
     assert main(["image_edit", *MODEL, *PROMPT, *EDIT, "--steps", "2", "--seed", "3", "--output", "a.png", *options]) == 0
-    guidance = tasks.Guidance(scale=3, interval=(0.1, 0.9), renorm="channel", visual_scale=1.5, uncond_positions="dense")
+    guidance = tasks.Guidance(
+        scale=3, interval=(0.1, 0.9), renorm="channel", renorm_min=0.5, visual_scale=1.5, uncond_positions="dense"
+    )
     arguments = {"negative_prompt": "blur", "shift": 2.0, "instruction": "Draw:", "seed": 3, "guidance": guidance, "steps": 2}
     images = {"images": [goldens.image("wide.png")], "resolution": tasks.IMAGE}
     expected = image_pipe("image_edit", PROMPT[1], **images, **arguments)
@@ -278,6 +282,20 @@ def test_a_damaged_picture_is_one_line(tmp_path, capsys):
     assert "half.png" in failed(["image_edit", *MODEL, "--image", "half.png"], capsys)
 
 
+def test_a_picture_beyond_reason_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert "wide.png is too large a picture" in failed(["image_edit", *MODEL, *EDIT], capsys)
+
+
+def test_a_video_that_can_be_seen_through_is_laid_on_white(tmp_path):
+    frames = [Image.new("RGBA", (32, 32), (200, 0, 0, alpha)) for alpha in (0, 255)]
+    frames[0].save(tmp_path / "clear.gif", save_all=True, append_images=frames[1:], duration=1000, disposal=2)
+    read = read_video(tmp_path / "clear.gif")
+    assert read.shape[1:] == (32, 32, 3)
+    assert (read[0] == 255).all()
+    assert read[-1, 0, 0].tolist() == [200, 0, 0]
+
+
 def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
     (tmp_path / "lance.safetensors").write_bytes(b"1234")
     assert "lance.safetensors (4 bytes)" in failed(["t2i", "--model", "lance.safetensors"], capsys)
@@ -295,6 +313,16 @@ def module(*arguments):
     root = str(Path(__file__).parents[1])
     command = [sys.executable, "-m", "lance_runtime", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, timeout=300)
+
+
+def test_an_answer_that_the_terminal_cannot_write_is_not_lost(tmp_path):
+    root, code = (
+        str(Path(__file__).parents[1]),
+        "from lance_runtime import __main__ as m; m.run = lambda o: '\\u7ea2'; m.main(['t2i'])",
+    )
+    told = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=told, check=True)
+    assert done.stdout == "\\u7ea2\n"
 
 
 def test_as_a_module(tmp_path):

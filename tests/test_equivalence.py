@@ -395,7 +395,7 @@ def test_a_small_top_p_is_greedy_however_hot(image_pipe):
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(image_pipe):
     context = context_of(image_pipe, "x2t_image")
-    arguments = tasks.arguments("x2t_image") | {"max_new_tokens": 1, "temperature": 1.0, "context": context}
+    arguments = {"task": "x2t_image", "max_new_tokens": 1, "temperature": 1.0, "context": context}
     logits = full_pass.logits(image_pipe.components.model, layout(context))[: len(image_pipe.components.tokenizer)]
     probabilities, order = logits.softmax(-1).sort(descending=True)
     kept = int((probabilities.cumsum(0) < 0.1).sum()) + 1

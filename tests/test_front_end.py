@@ -1,6 +1,6 @@
 """What nodes write into themselves while they run, and inputs that grow, in both of the page's renderers.
 
-The pack ships no JavaScript: all of this is the page's own.
+The pack's only script shows a node's text again where its result is still there and the node need not run.
 """
 
 from __future__ import annotations
@@ -174,5 +174,15 @@ def test_picture_inputs_grow_with_their_links(opened):
         assert "image_3" in grown["shown"]
 
 
-def test_the_page_loads_no_script_of_ours(server):
-    assert [path for path in server.get("/extensions") if "lance" in path.lower()] == []
+def test_an_answer_is_there_again_when_the_node_need_not_run(opened):
+    page, seed = opened
+    graph = template("Ask about an Image", seed, question=f"What stays of picture {seed}?", max_length=12)
+    before, _ = run(page, graph, f"asked {seed}.png")
+    again, sent = run(page, graph, f"asked again {seed}.png")
+    assert again["LanceNativeAsk"][-1] == before["LanceNativeAsk"][-1]
+    assert again["LanceNativeAsk"][-1][1]
+    assert len(sent["LanceNativeAsk"]) == 1  # it did not run
+
+
+def test_the_page_loads_one_script_of_ours(server):
+    assert [path.rpartition("/")[2] for path in server.get("/extensions") if "lance" in path.lower()] == ["kept_texts.js"]

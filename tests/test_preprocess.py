@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from goldens import CASES, PARITY, sources
 
 from lance_runtime.config import VisionConfig
-from lance_runtime.preprocess import presets, sample_frames, to_frames, vae_pixels, vae_size, vit_patches, vit_size
+from lance_runtime.preprocess import centre, presets, sample_frames, to_frames, vae_pixels, vae_size, vit_patches, vit_size
 
 TABLES = json.loads((PARITY / "preprocess.json").read_text("utf-8"))
 VISUAL_CASES = [name for name, case in CASES.items() if case["task"] not in ("t2i", "t2v", "i2v")]
@@ -103,6 +103,26 @@ def test_crop_comes_before_scaling():
     left, width = (200 - 175) // 2, 175  # image_256res, 16:9: 192 x 336, ratio 1.75
     frames[:, :, left : left + width] = 0
     assert (vae_pixels(frames, "image_256res") == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "kept"),
+    [
+        (480, 854, (480, 854)),  # 16:9 as players round it; the bucket's own ratio would take 853
+        (768, 1366, (768, 1366)),
+        (1080, 1920, (1080, 1920)),
+        (667, 1000, (667, 889)),  # 4:3 is the nearest, and narrower
+        (600, 601, (600, 600)),
+        (600, 620, (600, 600)),
+    ],
+)
+def test_a_picture_of_nearly_the_buckets_ratio_stays_whole(height, width, kept):
+    """As torchvision's RandomResizedCrop, by which the reference crops: the whole area first, then what fits."""
+    bucket = vae_size(height, width, "image_768res")
+    cut = centre(picture(1, height, width, 3), kept)
+    expected = [np.asarray(Image.fromarray(frame).resize(bucket[::-1], Image.Resampling.BICUBIC)) for frame in cut]
+    found = vae_pixels(picture(1, height, width, 3), "image_768res")
+    assert torch.equal(((found + 1) * 127.5).round().to(torch.uint8).movedim(0, -1), torch.from_numpy(np.stack(expected)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (10, 20000), (20000, 10), (1, 3000), (3000, 1), (1, 2)])

@@ -10,6 +10,8 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from lance_runtime.preprocess import sample_frames
+
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("standalone", "test")
 
@@ -87,6 +89,15 @@ def test_the_bench_counts_what_a_step_multiplies(monkeypatch, capsys):
     attention = 2 * 3 * 4 * (latents + vision) * (latents + vision + prefix) * hidden
     assert found["linear_gflop"] == pytest.approx(linear / 1e9, rel=1e-3)
     assert found["attention_gflop"] == pytest.approx(attention / 1e9, rel=1e-3)
+
+
+def test_sources_that_are_measured_are_seen_whole(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    import footprint
+
+    for (_, _, frames), _ in footprint.TASKS.values():
+        if 1 < frames <= 49:  # the longer one is drawn from words
+            assert len(sample_frames(frames, footprint.SOURCE_FPS)) == frames
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="the bench needs torch.compiler.set_stance")

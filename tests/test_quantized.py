@@ -602,6 +602,25 @@ def test_a_file_is_written_without_measuring(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("No tokenizer was found: put its files beside the copy.\n")
 
 
+@pytest.mark.parametrize(
+    ("options", "named"), [(["--size", "100"], "100"), (["--steps", "0"], "0 steps"), (["--device", "abacus"], "abacus")]
+)
+def test_wrong_measurements_are_refused_before_writing(tmp_path, capsys, options, named):
+    path = tmp_path / "q.safetensors"
+    asked = ["--model", str(goldens.CHECKPOINT), "--output", str(path), "--format", "fp8", *options]
+    assert main(["quantize", *asked]) == 2
+    assert named in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_a_report_gets_its_folder(tmp_path, capsys):
+    path, report = tmp_path / "q.safetensors", tmp_path / "deep" / "er" / "report.json"
+    asked = ["--model", str(MODEL), "--output", str(path), "--format", "fp8", "--no-measure", "--report", str(report)]
+    assert main(["quantize", *asked]) == 0
+    assert "14 weights" in capsys.readouterr().out
+    assert len(json.loads(report.read_text())["weights"]) == 14
+
+
 def test_what_cannot_be_measured_is_not_written(tmp_path, capsys):
     alone, path = tmp_path / "alone" / "a.safetensors", tmp_path / "q.safetensors"
     shutil.copytree(MODEL.parent, alone.parent)

@@ -417,6 +417,30 @@ def test_a_context_without_segments_is_refused(image_pipe):
 
 
 @pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("t2i", {"prompt": "a red hat"}),
+        ("x2t_image", {"question": "what"}),
+        ("t2i", {"instruction": "Draw."}),
+        ("image_edit", {"images": [flat(32, 32)], "prompt": "red"}),
+    ],
+)
+def test_what_a_context_has_in_it_is_not_said_beside_it(image_pipe, task, said):
+    context = image_pipe.context(image_pipe.request("t2i", "a"))
+    first, second = refusal(image_pipe, task, **said, context=context)
+    names_both(first, 1, len(said))
+    assert all(name in first for name in said)
+    assert second == "Add them to the context, or leave the context out."
+
+
+@pytest.mark.parametrize("given", [4.0, None, {"scale": 4.0}])
+def test_guidance_of_another_kind_is_refused(image_pipe, given):
+    first, second = refusal(image_pipe, "t2i", "a", guidance=given)
+    assert first.startswith("guidance is ")
+    assert second == "Pass guidance=Guidance(scale=4.0)."
+
+
+@pytest.mark.parametrize(
     ("visual", "numbers"),
     [
         (Segment.latents(torch.zeros(16, 1, 2, 3), Modality.SUBJECT), ([16, 1, 2, 3], [48, 1, 2, 3])),

@@ -191,9 +191,12 @@ WORKFLOWS = (
         "Subject in a New Scene",
         "The subject is kept, the scene is the prompt's.",
         (
-            {**load(vit=VIT), **picture()},
-            {"subject": subject(image_0=["picture", 0]), "empty": empty()},
-            {"sample": sampler("The subject stands on a sunny beach, wide shot.", ["empty", 0], ["subject", 0])},
+            {**load(vit=VIT), "empty": empty()},
+            picture(),
+            {
+                "subject": subject(image_0=["picture", 0]),
+                "sample": sampler("The subject stands on a sunny beach, wide shot.", ["empty", 0], ["subject", 0]),
+            },
             {**decoded(), "save": save_image()},
         ),
     ),
@@ -201,9 +204,12 @@ WORKFLOWS = (
         "Subject in a Video",
         "The subject is kept, the scene and the movement are the prompt's.",
         (
-            {**load(VIDEO_MODEL), **picture()},
-            {"subject": subject(image_0=["picture", 0]), "empty": empty("480p 16:9", 49)},
-            {"sample": sampler("The subject walks along a sunny beach, the camera follows.", ["empty", 0], ["subject", 0])},
+            {**load(VIDEO_MODEL), "empty": empty("480p 16:9", 49)},
+            picture(),
+            {
+                "subject": subject(image_0=["picture", 0]),
+                "sample": sampler("The subject walks along a sunny beach, the camera follows.", ["empty", 0], ["subject", 0]),
+            },
             {**decoded(), **save_video()},
         ),
     ),

@@ -110,7 +110,7 @@ def edit(**sources: list) -> dict[str, Any]:
 
 def subject(**images: list) -> dict[str, Any]:
     named = {f"images.{name}": link for name, link in images.items()}
-    return node("LanceNativeSubject", clip=["load", 1], vae=["load", 2], resolution="auto", **named)
+    return node("LanceNativeSubject", clip=["load", 1], vae=["load", 2], resolution="auto", latent=["empty", 0], **named)
 
 
 def video_start(**given: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
 
 GIGA, PUBLISHED, TOKENS = 1e9, "bfloat16", 64
+SOURCE_FPS = 12.0  # of a source as long as the target: all its frames are seen
 # Height, width and frames of each task at its trained size, and the checkpoint that it runs on.
 TASKS = {
     "t2i": ((768, 768, 1), "Lance_3B"),
@@ -145,12 +146,13 @@ def run_cell(cell: dict[str, Any], pack: str, tree: str) -> dict[str, Any]:
         runs.folder_paths.add_model_folder_path(folder, tree)
     nodes = runs.load_pack(pack)
     vae = next(name for name in ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors") if Path(tree, name).is_file())
-    graph = runs.Graph(nodes, cell["file"], vae, "default")
-    task = work(graph, nodes, runs, cell)
-    start = time.perf_counter()
-    task(cell["steps"])
-    first = time.perf_counter()
-    task(cell["steps"])
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        graph = runs.Graph(nodes, cell["file"], vae, "default")
+        task = work(graph, nodes, runs, cell)
+        start = time.perf_counter()
+        task(cell["steps"])
+        first = time.perf_counter()
+        task(cell["steps"])
     seconds = {"first_seconds": first - start, "seconds": time.perf_counter() - first}
     if card:
         return {**seconds, "peak_gb": torch.cuda.max_memory_reserved() / GIGA, "device": "cuda"}
@@ -167,7 +169,7 @@ def work(graph: Any, nodes: Any, runs: Any, cell: dict[str, Any]) -> Callable[[i
     source = torch.rand(frames, height, width, 3)
 
     def answer(_: int) -> object:
-        tokens = nodes.LanceNativeViTEncode.execute(graph.clip, source, "auto", 24.0).result[0]
+        tokens = nodes.LanceNativeViTEncode.execute(graph.clip, source, "auto", SOURCE_FPS).result[0]
         task = "x2t_image" if frames == 1 else "x2t_video"
         context = nodes.LanceNativeContext.execute(graph.clip, task, "look", "", "", visuals={"visual_0": tokens}).result[0]
         return graph.answer(context, TOKENS)
@@ -175,8 +177,8 @@ def work(graph: Any, nodes: Any, runs: Any, cell: dict[str, Any]) -> Callable[[i
     def draw(steps: int) -> object:
         context, latent = None, nodes.LanceNativeEmptyLatent.execute("custom", width, height, frames, 0.0, 1).result[0]
         if "edit" in cell["task"]:
-            tokens = nodes.LanceNativeViTEncode.execute(graph.clip, source, "auto", 24.0).result[0]
-            code = nodes.LanceNativeVAEEncode.execute(graph.vae, source, "auto", 24.0).result[0]
+            tokens = nodes.LanceNativeViTEncode.execute(graph.clip, source, "auto", SOURCE_FPS).result[0]
+            code = nodes.LanceNativeVAEEncode.execute(graph.vae, source, "auto", SOURCE_FPS).result[0]
             visuals = {"visual_0": tokens, "visual_1": code}
             task = "image_edit" if frames == 1 else "video_edit"
             context = nodes.LanceNativeContext.execute(graph.clip, task, "edit source", "", "", visuals=visuals).result[0]

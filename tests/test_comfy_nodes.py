@@ -1,0 +1,72 @@
+"""Single nodes in ComfyUI's Python: what they make of odd pictures, frames that are given twice, and hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_comfy_memory import report
+
+pytestmark = pytest.mark.comfy
+SCRIPT = Path(__file__).with_name("comfy_node_runs.py")
+
+
+def test_sources_are_cut_and_sampled_before_anything_else():
+    found = report("sources", script=SCRIPT)
+    assert max(found["apart"].values()) < 1e-5
+    assert found["sizes"] == {"5 x 40": [1, 2], "1 x 1": [1, 1]}
+    assert found["converted"] == [69]  # of 480 frames
+    assert found["same"]
+    assert found["opened"] == 1
+
+
+def test_a_second_start_keeps_the_frames_of_the_first():
+    found = report("starts", script=SCRIPT)
+    assert found["same"] == [True, True]
+    assert found["given"] == [[0, 1, 0, 1, 1], [1, 0, 1, 0, 1], [0, 1, 0, 1, 1]]
+    assert found["batch"] == [[2], [4, 5]]
+    assert found["refused"] == [
+        "All 1 latent frames of the video are given: 0 are left to draw.",
+        "'middle' would take latent frame 0 of 2, which another input gives.",
+        "All 2 latent frames of the video are given: 0 are left to draw.",
+        "All 3 latent frames of the video are given: 0 are left to draw.",
+        "'first' would take latent frame 0 of 3, which another input gives.",
+    ]
+    assert found["new first"] == 0
+    assert found["a mask of another kind"] == [[1, 1, 1, 0, 0, 0], 0]
+
+
+def test_an_edit_begins_with_its_source():
+    found = report("edits", script=SCRIPT)
+    assert [found["batch"], found["covered"]] == [2, 0]
+    assert found["source"] < 1e-6
+    assert found["kept"] < 1e-4
+
+
+def test_errors_say_what_a_core_node_has_done():
+    averaged, outside = report("nowhere", script=SCRIPT)
+    assert averaged.startswith("This conditioning was merged with another: ")
+    assert averaged.endswith(" entries are others.")
+    assert outside.startswith("An area of a conditioning holds 0 tokens of the latent [1, 8, 0]")
+
+
+def test_hooks_of_a_clip_act_in_our_nodes():
+    found = report("hooks", script=SCRIPT)
+    assert found["on"] == [True] * 3
+    assert found["acts"] > 1e-3
+    assert found["as a LoRA"] < 1e-4
+    assert found["after"] == 0
+
+
+def test_a_prompt_that_ends_within_a_character_is_kept():
+    found = report("cut", script=SCRIPT)
+    assert found["whole"] == "A red hat \N{LARGE RED CIRCLE}"
+    assert found["cut"].endswith("\ufffd")
+    assert found["shown"] == "A red hat"
+
+
+def test_a_subject_is_read_at_the_size_of_what_it_is_for():
+    alone, picture, video, asked = report("subjects", script=SCRIPT)
+    assert alone == picture == [768, 768]
+    assert video == [640, 640]
+    assert asked == [256, 256]
