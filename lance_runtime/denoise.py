@@ -158,7 +158,9 @@ def denoise(
     guidance: Guidance,
     given: Given | None = None,
 ) -> Iterator[Step]:
-    """Integrate from noise (B, C, T, H, W) down the sigmas with Euler steps; latents stay in float32.
+    """Integrate from noise (B, C, T, H, W) down the sigmas with Euler steps.
+
+    Latents stay in float32; the reference rounds them to bfloat16 after every step (modeling/lance/lance.py).
 
     given: frames that are clean from the start: they enter with timestep 0 and are never updated.
     """

@@ -190,13 +190,14 @@ class LanceNativeVideoStart(io.ComfyNode):
             raise ValueError(
                 "Lance Video Start has 0 given frames; it needs 1 or more.\nConnect a picture, or leave the node out."
             )
-        if set(pictures) >= set(range(grid.frames)):
+        given = encode_given(pictures, grid, lambda pixels: normalised(encode(vae, pixels)))
+        start = _with_given(latent, given)
+        if not start["noise_mask"].any():
             raise ValueError(
                 f"All {grid.frames} latent frames of the video are given: 0 are left to draw.\n"
                 "Make it longer in Empty Lance Latent: 5 frames or more, and more than 'overlap'."
             )
-        given = encode_given(pictures, grid, lambda pixels: normalised(encode(vae, pixels)))
-        return io.NodeOutput(_with_given(latent, given))
+        return io.NodeOutput(start)
 
 
 def _continued(source: Any, overlap: int) -> dict[int, Any]:

@@ -135,6 +135,8 @@ PROMOTED = [
     ["LanceNativeAsk", "question"],
     ["LanceNativeEmptyLatent", "size"],
     ["LanceNativeEmptyLatent", "frames"],
+    ["LanceNativeEmptyLatent", "batch_size"],
+    ["LanceNativeEdit", "batch_size"],
     ["LanceNativeSampler", "seed"],
     ["LanceNativeSampler", "steps"],
     ["LanceNativeSampler", "cfg"],
@@ -165,6 +167,8 @@ def blueprint(page: Any, workflow: Workflow) -> dict[str, Any]:
     arranged(page, workflow)
     named = workflow.graph["load"]["inputs"]["vit_name"] != "auto"
     promoted = [*PROMOTED, ["LanceNativeLoader", "vit_name"]] if named else PROMOTED
+    video = any(node["class_type"] == "SaveVideo" for node in workflow.graph.values())
+    promoted = [one for one in promoted if one[1] != ("batch_size" if video else "frames")]
     arguments = {"outside": OUTSIDE, "promoted": promoted, "name": BLUEPRINTS[workflow.name], "description": workflow.note}
     graph = page.evaluate(CONVERT, arguments)
     for node in graph["nodes"]:

@@ -84,6 +84,10 @@ def starts(nodes: Any) -> dict:
             start(short, **given)
         except ValueError as error:
             refused.append(str(error).split("\n")[0])
+    try:
+        start(start(nodes.LanceNativeEmptyLatent.execute("custom", 96, 64, 5, 0.0, 1).result[0], first=other), last=other)
+    except ValueError as error:
+        refused.append(str(error).split("\n")[0])
     half = {**empty, "noise_mask": torch.cat([torch.ones(1, 64, 48), torch.zeros(1, 64, 48)], dim=2)}
     masked = start(half, last=other)["noise_mask"]
     return {

@@ -31,6 +31,7 @@ def test_a_second_start_keeps_the_frames_of_the_first():
         "All 2 latent frames of the video are given: 0 are left to draw.",
         "All 3 latent frames of the video are given: 0 are left to draw.",
         "'first' would take latent frame 0 of 3, which another input gives.",
+        "All 2 latent frames of the video are given: 0 are left to draw.",
     ]
     assert found["new first"] == 0
     assert found["a mask of another kind"] == [[1, 1, 1, 0, 0, 0], 0]
