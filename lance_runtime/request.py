@@ -159,8 +159,8 @@ class Request:
                 raise ValueError(f"{name} is {shown}, where {words} belongs.\n{remedy}.")
 
     def _check_context(self) -> None:
-        """A ready-made context has its words and pictures in it."""
-        said = ["images"] * bool(len(self.images)) + ["video"] * (self.video is not None)
+        """A ready-made context has its words and pictures in it; i2v's image is no part of it, but a given frame."""
+        said = ["images"] * bool(len(self.images) and self.task != "i2v") + ["video"] * (self.video is not None)
         said += [name for name in ("prompt", "question", "instruction") if getattr(self, name)]
         if self.context is not None and said:
             raise ValueError(

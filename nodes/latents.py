@@ -154,7 +154,13 @@ class LanceNativeVideoStart(io.ComfyNode):
                     advanced=True,
                 ),
                 io.Int.Input(
-                    "overlap", default=9, min=1, max=121, step=4, tooltip="Frames kept of 'continue_from', 4k+1.", advanced=True
+                    "overlap",
+                    default=9,
+                    min=1,
+                    max=121,
+                    step=4,
+                    tooltip="Frames kept of 'continue_from', 4k+1; at most all of the new video but four.",
+                    advanced=True,
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The latent to begin with; its noise mask keeps the given frames.")],
@@ -173,7 +179,8 @@ class LanceNativeVideoStart(io.ComfyNode):
         continue_from: Any = None,
     ) -> io.NodeOutput:
         grid = grid_of(latent)
-        pictures = _continued(continue_from, overlap) if continue_from is not None else {}
+        most = max(1, TEMPORAL_STRIDE * (grid.frames - 2) + 1)  # something must be left to draw
+        pictures = _continued(continue_from, min(overlap, most)) if continue_from is not None else {}
         for name, index, picture in (
             ("first", 0, first),
             ("middle", round(middle_at * (grid.frames - 1)), middle),
@@ -182,7 +189,7 @@ class LanceNativeVideoStart(io.ComfyNode):
             if picture is not None and index in pictures:
                 raise ValueError(
                     f"{name!r} would take latent frame {index} of {grid.frames}, which another input gives.\n"
-                    "Make the video longer in Empty Lance Latent, move 'middle_at', or connect one of the two."
+                    "Make the video longer, lower 'overlap', move 'middle_at', or connect one of the two."
                 )
             if picture is not None:
                 pictures[index] = frames_of(picture[:1])
@@ -195,7 +202,7 @@ class LanceNativeVideoStart(io.ComfyNode):
         if not start["noise_mask"].any():
             raise ValueError(
                 f"All {grid.frames} latent frames of the video are given: 0 are left to draw.\n"
-                "Make it longer in Empty Lance Latent: 5 frames or more, and more than 'overlap'."
+                f"Make it longer than {TEMPORAL_STRIDE * (grid.frames - 1) + 1} frames in Empty Lance Latent."
             )
         return io.NodeOutput(start)
 
@@ -222,7 +229,7 @@ def _last_frames(source: Any, most: int) -> np.ndarray:
 
 
 def _with_given(latent: dict[str, Any], given: Given) -> dict[str, Any]:
-    """A LATENT whose noise mask (1 is drawn, 0 is given) leaves the given frames alone, and those given before."""
+    """A LATENT whose noise mask (1 is drawn, 0 is given) leaves the given frames alone, and others given before."""
     grid, batch = grid_of(latent), latent["samples"].shape[0]
     start, samples = empty_latent(grid, batch), latent["samples"].float().cpu().reshape(batch, -1, *grid)
     # ComfyUI takes zeros for no picture, in its own terms or in the model's.

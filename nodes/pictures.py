@@ -116,7 +116,7 @@ def empty_latent(grid: LatentShape, batch: int = 1) -> dict[str, Any]:
 def source_latent(segment: Segment, batch: int = 1) -> dict[str, Any]:
     """A segment of latents as a LATENT to start from; noise covers it, but where a mask or ``denoise`` keeps it."""
     start = empty_latent(segment.grid, batch)
-    samples = FORMAT.process_out(segment.values[None].float()).expand(batch, -1, -1, -1, -1)
+    samples = FORMAT.process_out(segment.values[None].float()).repeat(batch, 1, 1, 1, 1)
     return {**start, "samples": samples.to(start["samples"])}
 
 

@@ -31,7 +31,7 @@ def _texts(lance: LanceTextModel, ids: Iterator[int]) -> Iterator[str]:
     written: list[int] = []
     for token in ids:
         written.append(token)
-        yield lance.tokenizer.decode(written).rstrip("\ufffd")  # a character of which the last bytes are to come
+        yield lance.tokenizer.decode(written)
 
 
 def sampling_inputs() -> list[io.Input]:
@@ -197,7 +197,8 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
         pictures = [] if image is None else [frames_of(image[:1])]
         context = _seen(lance, pictures, AUTO, system_sentence("x2t_image", asked=True))
         asked = question_context(lance.tokenizer, context, enhancement(style, prompt))
-        answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls)).strip()
+        answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls))
+        answer = answer.strip().rstrip("\ufffd").rstrip()  # a character that the length cut through
         better = answer if answer and "\ufffd" not in answer else prompt
         both = f"{prompt}\n\u2192 {better}"
         say(node_of(cls), both)

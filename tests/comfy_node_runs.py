@@ -76,8 +76,8 @@ def starts(nodes: Any) -> dict:
         (1, {"first": other}),
         (5, {"first": other, "middle": other}),
         (5, {"first": other, "last": other}),
-        (9, {"continue_from": torch.cat([other] * 9)}),
-        (9, {"continue_from": torch.cat([other] * 5), "first": other}),
+        (1, {"continue_from": torch.cat([other] * 9)}),
+        (9, {"continue_from": torch.cat([other] * 9), "first": other}),
     ):
         short = nodes.LanceNativeEmptyLatent.execute("custom", 96, 64, frames, 0.0, 1).result[0]
         try:
@@ -88,10 +88,13 @@ def starts(nodes: Any) -> dict:
         start(start(nodes.LanceNativeEmptyLatent.execute("custom", 96, 64, 5, 0.0, 1).result[0], first=other), last=other)
     except ValueError as error:
         refused.append(str(error).split("\n")[0])
+    nine = nodes.LanceNativeEmptyLatent.execute("custom", 96, 64, 9, 0.0, 1).result[0]
+    continued = start(nine, continue_from=torch.cat([other] * 20))["noise_mask"][0, 0, :, 0, 0].tolist()
     half = {**empty, "noise_mask": torch.cat([torch.ones(1, 64, 48), torch.zeros(1, 64, 48)], dim=2)}
     masked = start(half, last=other)["noise_mask"]
     return {
         "refused": refused,
+        "continued": continued,
         "same": [torch.equal(once[name], twice[name]) for name in ("samples", "noise_mask")],
         "given": [one["noise_mask"][0, 0, :, 0, 0].tolist() for one in (once, third, again)],
         "batch": [list(once["samples"].shape[:1]), once["batch_index"]],
@@ -110,7 +113,12 @@ def edits(nodes: Any) -> dict:
     mask = torch.ones(1, 1, *latent["samples"].shape[2:])
     mask[..., : mask.shape[-1] // 2] = 0
     kept = graph.draw(context, {**latent, "noise_mask": mask})[:, :, :, :, : mask.shape[-1] // 2]
+    samples = latent["samples"].clone()
+    latent["samples"][0] += 1  # as a node of others may
+    alone = torch.equal(latent["samples"][1], samples[1])
+    latent["samples"] = samples
     return {
+        "alone": alone,
         "batch": len(latent["samples"]),
         "source": float((latent["samples"] - source).abs().max()),
         "covered": float((graph.draw(context, latent) - graph.draw(context, empty)).abs().max()),

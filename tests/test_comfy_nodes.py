@@ -25,11 +25,12 @@ def test_a_second_start_keeps_the_frames_of_the_first():
     assert found["same"] == [True, True]
     assert found["given"] == [[0, 1, 0, 1, 1], [1, 0, 1, 0, 1], [0, 1, 0, 1, 1]]
     assert found["batch"] == [[2], [4, 5]]
+    assert found["continued"] == [0, 0, 1]  # however many frames there are
     assert found["refused"] == [
         "All 1 latent frames of the video are given: 0 are left to draw.",
         "'middle' would take latent frame 0 of 2, which another input gives.",
         "All 2 latent frames of the video are given: 0 are left to draw.",
-        "All 3 latent frames of the video are given: 0 are left to draw.",
+        "All 1 latent frames of the video are given: 0 are left to draw.",
         "'first' would take latent frame 0 of 3, which another input gives.",
         "All 2 latent frames of the video are given: 0 are left to draw.",
     ]
@@ -39,7 +40,7 @@ def test_a_second_start_keeps_the_frames_of_the_first():
 
 def test_an_edit_begins_with_its_source():
     found = report("edits", script=SCRIPT)
-    assert [found["batch"], found["covered"]] == [2, 0]
+    assert [found["batch"], found["alone"], found["covered"]] == [2, True, 0]
     assert found["source"] < 1e-6
     assert found["kept"] < 1e-4
 

@@ -433,6 +433,13 @@ def test_what_a_context_has_in_it_is_not_said_beside_it(image_pipe, task, said):
     assert second == "Add them to the context, or leave the context out."
 
 
+def test_the_first_frame_of_a_clip_is_no_part_of_a_context(video_pipe):
+    said = {"images": [flat(32, 48)], "num_frames": 5, "steps": 1, "guidance": Guidance(scale=1.0), "resolution": tasks.VIDEO}
+    context = video_pipe.context(video_pipe.request("t2v", "a"))
+    out = video_pipe("i2v", context=context, height=32, width=48, **said)
+    assert out.latents.shape[1:] == (2, 2, 3)
+
+
 @pytest.mark.parametrize("given", [4.0, None, {"scale": 4.0}])
 def test_guidance_of_another_kind_is_refused(image_pipe, given):
     first, second = refusal(image_pipe, "t2i", "a", guidance=given)

@@ -161,15 +161,24 @@ def qwens_angles(positions, dtype):
     return torch.stack([torch.outer(axis.to(dtype), buffer) for axis in positions], dim=1).flatten(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "device", "rounds"),
+    [
+        (torch.float32, "cpu", False),
+        (torch.bfloat16, "cpu", True),
+        (torch.float32, "cuda", True),
+        (torch.bfloat16, "cuda", True),
+    ],
+)
 @pytest.mark.parametrize("trained", [True, False])
-def test_angles_of_patches_are_those_that_the_weights_have_learned(dtype, trained):
+def test_angles_of_patches_are_those_that_the_weights_have_learned(dtype, device, rounds, trained):
     rotary = RotaryAngles(VisionConfig(bfloat16_frequencies=trained))  # heads of the real width, 80
     positions = torch.stack([torch.arange(72), torch.arange(72).flip(0)])
-    expected = qwens_angles(positions, torch.bfloat16 if trained and dtype == torch.bfloat16 else torch.float32)
-    rotary.set_type(dtype, torch.device("cpu"))
+    expected = qwens_angles(positions, torch.bfloat16 if trained and rounds else torch.float32)
+    expected = expected if dtype == torch.bfloat16 else expected.float()
+    rotary.set_type(dtype, torch.device(device))
     assert torch.equal(rotary(positions.T), expected)
-    assert torch.equal(rotary(torch.tensor(72)), qwens_angles(positions[:1], expected.dtype))
+    assert torch.equal(rotary(torch.tensor(72)), expected[:, :20])
     both = torch.cat((expected, expected), dim=-1)
     for found, told in zip(rotary(torch.zeros(1), positions.T), (both.cos(), both.sin()), strict=True):
         assert found.dtype == told.dtype

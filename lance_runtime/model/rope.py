@@ -49,14 +49,15 @@ def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     two.
     """
     positions = positions if positions.ndim == 3 else positions[None]
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponent  # to the bit as transformers: far positions magnify the last one
+    # On the CPU, since not every card knows bfloat16; and to the bit as transformers: far positions magnify the last one.
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponent
     if frequencies_are_rounded(config, dtype, positions.device):
         frequencies = frequencies.to(torch.bfloat16).float()
     sections = torch.tensor(config.mrope_section, device=positions.device)
     axes = torch.arange(3, device=positions.device)
     axis = axes.repeat_interleave(sections, output_size=config.head_dim // 2)  # told, since a device would have to wait
-    angles = positions.float()[:, axis].transpose(1, 2) * frequencies  # (B, L, head_dim / 2)
+    angles = positions.float()[:, axis].transpose(1, 2) * frequencies.to(positions.device)  # (B, L, head_dim / 2)
     return Rope(angles.cos()[:, :, None].to(dtype), angles.sin()[:, :, None].to(dtype))
 
 

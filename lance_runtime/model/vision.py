@@ -99,11 +99,12 @@ class RotaryAngles(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.config, self.dtype = config, torch.float32
+        self.config, self.rounded, self.dtype = config, False, torch.float32
 
     def set_type(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Of the angles of a pass that computes in this type on this device."""
-        self.dtype = torch.bfloat16 if frequencies_are_rounded(self.config, dtype, device) else torch.float32
+        """For a pass that computes in this type on this device."""
+        self.rounded = frequencies_are_rounded(self.config, dtype, device)
+        self.dtype = torch.bfloat16 if self.rounded and dtype == torch.bfloat16 else torch.float32
 
     def forward(self, *asked: Any) -> Any:
         """What each transformers asks for. (d is the head's dimension; a quarter of it each for rows and columns, twice.)
@@ -120,8 +121,10 @@ class RotaryAngles(nn.Module):
 
     def _angles(self, positions: Tensor) -> Tensor:
         half = self.config.hidden_size // self.config.num_heads // 2
-        frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
-        return (positions.to(self.dtype).unsqueeze(-1) * frequencies.to(positions.device, self.dtype)).flatten(1)
+        frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
+        kind = torch.bfloat16 if self.rounded else torch.float32
+        angles = positions.to("cpu", kind).unsqueeze(-1) * frequencies.to(kind)  # there, since not every card knows bfloat16
+        return angles.flatten(1).to(positions.device, self.dtype)
 
 
 class Segments:
