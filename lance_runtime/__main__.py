@@ -111,6 +111,9 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
     group.add_argument("--shift", type=float, default=3.5, help="schedule shift (default: %(default)s)")
     group.add_argument("--seed", type=int, default=42, help="of the noise, or of sampled text (default: %(default)s)")
+    group.add_argument(
+        "--batch", type=int, default=1, help="results at once, from --seed, --seed + 1, ..., which their files' names end in"
+    )
 
 
 def _add_guidance(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +154,8 @@ def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
         ),
         "num_frames": options.frames,
     }
-    same = "negative_prompt question instruction height width resolution steps shift seed max_new_tokens temperature top_p"
+    same = "negative_prompt question instruction height width resolution steps shift seed batch max_new_tokens"
+    same += " temperature top_p"
     arguments.update({name: getattr(options, name) for name in same.split()})
     if options.video is not None:
         arguments["video"], arguments["fps"] = read_video(options.video), VIDEO_FPS
@@ -178,7 +182,13 @@ def run(options: argparse.Namespace) -> str:
     )
     with Progress(options.task, "token" if options.task in UNDERSTANDING_TASKS else "step") as progress:
         out = pipe(options.task, options.prompt, progress=progress, **arguments)
-    return save(out, output, options.task)
+    if options.batch == 1:
+        return save(out, output, options.task)
+    seeds = range(options.seed, options.seed + options.batch)
+    return "\n".join(
+        save(one, output and output.with_stem(f"{output.stem}_{seed}"), options.task)
+        for one, seed in zip(out.apart(), seeds, strict=True)
+    )
 
 
 def output_of(options: argparse.Namespace) -> Path | None:

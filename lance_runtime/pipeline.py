@@ -68,6 +68,11 @@ class Output:
             raise ValueError("x2t tasks return text, not frames.\nRead out.text; use another task to make pictures.")
         return self.decode_latents(self.latents).cpu().numpy()
 
+    def apart(self) -> list[Output]:
+        """Each result of a batch; they are decoded one by one, when asked for."""
+        samples = [] if self.latents is None else list(self.latents)
+        return [Output(latents=latents, decode_latents=self.decode_latents) for latents in samples]
+
 
 class LancePipeline:
     """All nine tasks over one set of weights."""

@@ -179,6 +179,15 @@ def test_every_option_reaches_the_pipeline(image_pipe):
     np.testing.assert_array_equal(np.array(Image.open("a.png")), expected.frames[0])
 
 
+def test_a_batch_is_a_file_for_each_seed(image_pipe, capsys):
+    assert main(["t2i", *MODEL, *PROMPT, *FAST, *SMALL, "--seed", "7", "--batch", "2", "--output", "deep/a.png"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [str(Path("deep", f"a_{seed}.png")) for seed in (7, 8)]
+    settings = {"height": 32, "width": 48, "steps": 1, "guidance": tasks.Guidance(scale=1)}
+    for seed in (7, 8):
+        expected = image_pipe("t2i", PROMPT[1], **settings, seed=seed).frames[0].astype(int)
+        assert abs(np.array(Image.open(f"deep/a_{seed}.png")).astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("option", ["--vit=standalone", "--offload=model", "--offload=layer", "--dtype=bfloat16"])
 def test_model_options_are_taken(option, capsys):
     assert main(["x2t_image", *MODEL, *EDIT, "--max-new-tokens", "1", option]) == 0
@@ -251,6 +260,7 @@ def failed(arguments, capsys):
         (["t2i", *MODEL, "--renorm", "local"], "local"),
         (["t2i", *MODEL, "--height", "100"], "100"),
         (["t2i", *MODEL, "--steps", "0"], "0 steps"),
+        (["t2i", *MODEL, "--batch", "0"], "batch of 0"),
         (["t2i", *MODEL, "--interval", "0.9", "0.1"], "(0.9, 0.1)"),
         (["t2i", *MODEL, *EDIT], "no images, and got 1"),
         (["image_edit", *MODEL], "at least 1 images, and got 0"),
