@@ -202,6 +202,7 @@ def open_template(page, name):
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_text("Lance Native", exact=True).first.click()
     page.get_by_placeholder("Search").first.fill(name)
+    page.wait_for_timeout(400)  # the cards are laid out anew a while after the last key: a click before would go nowhere
     page.get_by_text(name, exact=True).first.click()
     expected = sorted(node["type"] for node in template(name)["nodes"])
     page.wait_for_function(
