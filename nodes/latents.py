@@ -13,7 +13,7 @@ from ..lance_runtime.types import LANCE_3B, TEMPORAL_STRIDE, VIDEO_FPS, PixelSha
 from ..lance_runtime.visuals import encode_given
 from .model import check_model
 from .pictures import FORMAT, bytes_of, empty_latent, encode, frames_of, grid_of, is_video, normalised, source_input
-from .progress import node_of, say, text_of
+from .progress import node_of, say
 from .schema import CATEGORY, io
 
 CUSTOM = "custom"
@@ -109,7 +109,7 @@ class LanceNativeEmptyLatent(io.ComfyNode):
         shape = PixelShape(frames, height, width)
         note = described(shape, sizes, batch_size)
         say(node_of(cls), note)
-        return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames, ui=text_of(note))
+        return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames, ui={"text": [note]})
 
 
 def described(shape: PixelShape, sizes: TrainedSizes, batch: int = 1) -> str:

@@ -51,12 +51,10 @@ def node_of(cls: Any) -> str | None:
     return None if cls.hidden is None else cls.hidden.unique_id
 
 
-def text_of(text: str) -> dict[str, list[str]]:
-    """A node's ``ui``: its text, which the page shows again where the node need not run again (web/kept_texts.js)."""
-    return {"text": [text], "lance_text": [text]}
-
-
 def say(node: str | None, text: str) -> None:
-    """Write into a node of the page; nobody listens where the graph came through the API alone."""
+    """Write into a node of the page; nobody listens where the graph came through the API alone.
+
+    A node that puts the same text into its ``ui`` has it again where it need not run again (web/kept_texts.js).
+    """
     if node is not None:
         PromptServer.instance.send_progress_text(text, node)

@@ -14,7 +14,7 @@ from ..lance_runtime.preprocess import vit_area, vit_size
 from ..lance_runtime.prompts import enhancement, system_sentence
 from .clip import LanceTextModel, answer_of, lance_of
 from .pictures import AUTO, SAMPLED, frames_of, preset_of, resolution_input
-from .progress import node_of, say, text_of
+from .progress import node_of, say
 from .schema import CATEGORY, LanceContext, io
 
 
@@ -128,7 +128,7 @@ class LanceNativeAsk(io.ComfyNode):
         asked = question_context(lance.tokenizer, context, question)
         answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls))
         boxes, mask = _boxes(lance, answer, pictures, resolution)
-        return io.NodeOutput(answer, boxes, mask, ui=text_of(answer))
+        return io.NodeOutput(answer, boxes, mask, ui={"text": [answer]})
 
 
 def _seen(lance: LanceTextModel, pictures: list[np.ndarray], resolution: str, system: str) -> Context:
@@ -202,4 +202,4 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
         better = answer if answer and "\ufffd" not in answer else prompt
         both = f"{prompt}\n\u2192 {better}"
         say(node_of(cls), both)
-        return io.NodeOutput(better, ui=text_of(both))
+        return io.NodeOutput(better, ui={"text": [both]})

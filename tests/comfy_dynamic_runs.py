@@ -6,7 +6,6 @@ ComfyUI's own code runs, and the pack's; ``fake_aimdo`` stands below them, and `
 # ruff: noqa: I001  (this must come before all else of ComfyUI: it tells ComfyUI of the CPU)
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -226,9 +225,5 @@ def detours(nodes: Any) -> dict:
 
 
 if __name__ == "__main__":
-    what, pack, tree = sys.argv[1:]
-    for folder in runs.FOLDERS:
-        runs.folder_paths.add_model_folder_path(folder, tree)
     with torch.no_grad():  # ComfyUI runs its nodes in inference mode, in which the made-up device lacks a few operators
-        found = globals()[what](runs.load_pack(pack))
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
+        runs.main(globals())

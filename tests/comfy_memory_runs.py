@@ -555,9 +555,14 @@ def growth(nodes: Any) -> dict:
     return {"a run": (sizes[-1] - sizes[9]) / 20, "kept": kept()}
 
 
-if __name__ == "__main__":
+def main(functions: dict[str, Any]) -> None:
+    """Run the one that the command line names, and print what it reports."""
     what, pack, tree = sys.argv[1:]
     for folder in FOLDERS:
         folder_paths.add_model_folder_path(folder, tree)
+    sys.stdout.write("\n" + json.dumps(functions[what](load_pack(pack))) + "\n")
+
+
+if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parent))
-    sys.stdout.write("\n" + json.dumps(globals()[what](load_pack(pack))) + "\n")
+    main(globals())

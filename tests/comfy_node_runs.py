@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -195,7 +194,4 @@ def subjects(nodes: Any) -> list:
 
 
 if __name__ == "__main__":
-    what, pack, tree = sys.argv[1:]
-    for folder in runs.FOLDERS:
-        runs.folder_paths.add_model_folder_path(folder, tree)
-    sys.stdout.write("\n" + json.dumps(globals()[what](runs.load_pack(pack))) + "\n")
+    runs.main(globals())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -199,7 +198,4 @@ def beside(nodes: Any) -> dict:
 
 
 if __name__ == "__main__":
-    what, pack, tree = sys.argv[1:]
-    for folder in runs.FOLDERS:
-        runs.folder_paths.add_model_folder_path(folder, tree)
-    sys.stdout.write("\n" + json.dumps(globals()[what](runs.load_pack(pack))) + "\n")
+    runs.main(globals())

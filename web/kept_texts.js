@@ -14,9 +14,9 @@ function nodeOf(id) {
 }
 
 api.addEventListener("executed", ({ detail }) => {
-    const text = detail?.output?.lance_text?.[0], nodeId = detail?.display_node ?? detail?.node;
-    const node = text && nodeOf(nodeId);
+    const { text, images } = detail?.output ?? {}, nodeId = detail?.display_node ?? detail?.node;
+    const node = text && !images && nodeOf(nodeId); // the inspector's words are in its picture
     // The page looks for the node in the graph on screen alone: another workflow's may have the same number there.
     if (node?.comfyClass?.startsWith("LanceNative") && node.graph === app.canvas.graph)
-        api.dispatchCustomEvent("progress_text", { nodeId, text, prompt_id: detail.prompt_id });
+        api.dispatchCustomEvent("progress_text", { nodeId, text: text[0], prompt_id: detail.prompt_id });
 });

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 Embedding = nn.Embedding
 MANY_ROWS = 64  # of fewer, torch's own is as fast
-NORMED_AT_ONCE = 2**20  # numbers, written out in float32: a core's cache holds them, and more than 32 MB are always new pages
+NORMED_AT_ONCE = 2**20  # numbers, 4 MiB in float32: for more than 32 MB glibc asks the system for new pages every time
 PARTS = 16  # slices that a weight is cut into, one for each thread
 
 

@@ -49,9 +49,7 @@ def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     two.
     """
     positions = positions if positions.ndim == 3 else positions[None]
-    # On the CPU, since not every card knows bfloat16; and to the bit as transformers: far positions magnify the last one.
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponent
+    frequencies = rotary_frequencies(config.rope_theta, config.head_dim)
     if frequencies_are_rounded(config, dtype, positions.device):
         frequencies = frequencies.to(torch.bfloat16).float()
     sections = torch.tensor(config.mrope_section, device=positions.device)
@@ -59,6 +57,14 @@ def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Ro
     axis = axes.repeat_interleave(sections, output_size=config.head_dim // 2)  # told, since a device would have to wait
     angles = positions.float()[:, axis].transpose(1, 2) * frequencies.to(positions.device)  # (B, L, head_dim / 2)
     return Rope(angles.cos()[:, :, None].to(dtype), angles.sin()[:, :, None].to(dtype))
+
+
+def rotary_frequencies(theta: float, width: int) -> Tensor:
+    """Float32 (width / 2), to the bit as transformers has them: far positions magnify the last one.
+
+    They are on the CPU, where they can be rounded to bfloat16: not every card knows it.
+    """
+    return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
 
 
 def frequencies_are_rounded(config: LanceConfig | VisionConfig, dtype: torch.dtype, device: torch.device) -> bool:

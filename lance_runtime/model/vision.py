@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..config import VisionConfig
 from ..types import AttentionFunction
 from .attention import sdpa, without_cudnn_attention
-from .rope import frequencies_are_rounded
+from .rope import frequencies_are_rounded, rotary_frequencies
 
 ROPE_THETA = 10000.0
 # Tokens that pass the attention's inner part and the MLP at once. More do not make a pass faster, and a clip's 65 000
@@ -120,10 +120,9 @@ class RotaryAngles(nn.Module):
         return self._angles(positions if positions.ndim else torch.arange(int(positions), device=positions.device))
 
     def _angles(self, positions: Tensor) -> Tensor:
-        half = self.config.hidden_size // self.config.num_heads // 2
-        frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
+        frequencies = rotary_frequencies(ROPE_THETA, self.config.hidden_size // self.config.num_heads // 2)
         kind = torch.bfloat16 if self.rounded else torch.float32
-        angles = positions.to("cpu", kind).unsqueeze(-1) * frequencies.to(kind)  # there, since not every card knows bfloat16
+        angles = positions.to("cpu", kind).unsqueeze(-1) * frequencies.to(kind)  # there, as the frequencies
         return angles.flatten(1).to(positions.device, self.dtype)
 
 
