@@ -110,11 +110,25 @@ def load_model(
     if not comfy.model_management.is_device_cpu(patcher.offload_device):  # --highvram: no copy in main memory
         model.to(patcher.offload_device)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
+    if not patcher.is_dynamic():
+        _cast_late_layers(model)
     callbacks = comfy.patcher_extension.CallbacksMP
     patcher.add_callback_with_key(callbacks.ON_CLEANUP, "lance", lambda patcher: patcher.model.free_prefixes())
     patcher.add_callback_with_key(callbacks.ON_DETACH, "lance", _forget_questions)
     patcher.cached_patcher_init = (load_model, (path, tokenizer, weight_type))
     return patcher
+
+
+def _cast_late_layers(model: torch.nn.Module) -> None:
+    """To the model's types: layers to which ComfyUI gives memory only as they are loaded take their file's types.
+
+    It does so wherever it knows dynamic VRAM (0.26: on Windows), whose management casts them later; the plain one does not.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            dtype = getattr(module, f"{name}_comfy_model_dtype", parameter.dtype)
+            if dtype != parameter.dtype:
+                setattr(module, name, torch.nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
 def _forget_questions(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:

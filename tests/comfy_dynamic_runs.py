@@ -6,6 +6,7 @@ ComfyUI's own code runs, and the pack's; ``fake_aimdo`` stands below them, and `
 # ruff: noqa: I001  (this must come before all else of ComfyUI: it tells ComfyUI of the CPU)
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -220,6 +221,36 @@ def detours(nodes: Any) -> dict:
     report["said beside acts"] = plain["said beside"] != plain["said first"] == plain["said again"]
     report["saved"] = [one["saved"] for one in found]
     report["the CPU's"] = [type(on_the_cpu.patcher).__name__, str(on_the_cpu.patcher.load_device)]
+    del kept
+    return report
+
+
+def detours_on_windows(nodes: Any) -> dict:
+    """The same where linear layers have no memory before they are loaded (ComfyUI 0.33: everywhere)."""
+    management.WINDOWS = True
+    return detours(nodes)
+
+
+def types_on_windows(nodes: Any) -> dict:
+    """Of a network of 8-bit weights there: the types that layers' matrices and all else are kept in."""
+    kept, report = plug_in(), {}
+    go_dynamic()
+    management.WINDOWS = True
+    load = importlib.import_module(f"{runs.PACK}.nodes.model_loading").load_model
+    tokenizer = runs.Graph(nodes).model.model.tokenizer
+    for plain in (False, True):
+        patcher = load(str(Path(sys.argv[3], "Lance_3B", "model.safetensors")), tokenizer, "fp8_e4m3fn", plain)
+        management.load_models_gpu([patcher])
+        network = patcher.model.diffusion_model
+        layers = set(network.language_model.model.layers.modules())
+        found: dict[str, set[str]] = {"matrices": set(), "others": set()}
+        for module in network.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                matrix = name == "weight" and module in layers and isinstance(module, torch.nn.Linear)
+                # The dynamic management casts to this type what it brings to the card.
+                dtype = parameter.dtype if plain else getattr(module, f"{name}_comfy_model_dtype")
+                found["matrices" if matrix else "others"].add(str(dtype))
+        report["plain" if plain else "dynamic"] = {what: sorted(types) for what, types in found.items()}
     del kept
     return report
 

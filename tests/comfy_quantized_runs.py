@@ -197,5 +197,17 @@ def beside(nodes: Any) -> dict:
     return report
 
 
+def precise(nodes: Any) -> dict:
+    """A backend that always computes in 8 bits: how often it is called for a step, and for what is read once."""
+    room = importlib.import_module(f"{runs.PACK}.nodes.attention")
+    q = torch.randn(1, 2, 5, 16)
+    called = []
+    room.optimized_attention = room.EIGHT_BITS = lambda *arguments, **options: called.append(1)
+    room.comfy_attention({})(q, q, q)
+    exact = room.comfy_attention()(q, q, q)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    return {"calls": len(called), "error": float((exact - expected).abs().max())}
+
+
 if __name__ == "__main__":
     runs.main(globals())

@@ -63,13 +63,19 @@ def test_the_weights_that_all_runs_read_stay_on_a_card_for_half():
     assert 0 < len(set(experts[1]) & set(found["picture"])) < len(experts[1])
 
 
-def test_loras_by_hooks_and_beside_and_a_clip_on_the_cpu():
-    found = run("detours")
+@pytest.mark.parametrize("what", ["detours", "detours_on_windows"])
+def test_loras_by_hooks_and_beside_and_a_clip_on_the_cpu(what):
+    found = run(what)
     assert found["the CPU's"] == ["ModelPatcher", "cpu"]
     assert found["saved"][0] == found["saved"][1] > 0
     assert found["the hook acts"] > 0.1
     assert found["beside acts"] > 0.1
     assert found["said beside acts"]
     assert found["beside"] < 0.01  # ComfyUI rounds it to the type of the file's weights
-    for what in ("hook", "no hook", "said beside", "on the CPU", "drawn after it", "said again"):
-        assert found[what] == 0, what
+    for same in ("hook", "no hook", "said beside", "on the CPU", "drawn after it", "said again"):
+        assert found[same] == 0, same
+
+
+def test_8_bit_weights_are_those_of_the_layers_where_layers_have_no_memory_before_they_are_loaded():
+    expected = {"matrices": ["torch.float8_e4m3fn"], "others": ["torch.bfloat16"]}
+    assert run("types_on_windows") == {"dynamic": expected, "plain": expected}

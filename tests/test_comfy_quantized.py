@@ -141,6 +141,12 @@ def test_attention_beside_the_card_is_not_the_cards(trees):
     assert max(error for error, _ in found.values()) < 1e-5
 
 
+def test_8_bit_attention_is_for_steps_alone(trees):
+    found = report("precise", trees["fp8"], SCRIPT)
+    assert found["calls"] == 1
+    assert found["error"] < 1e-5
+
+
 EXACT = {"fp8": 1e-5, "int8": 0.04, "nvfp4": 1e-5, "mxfp8": 1e-5}
 
 
