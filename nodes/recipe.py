@@ -52,8 +52,8 @@ class Recipe:
         """A conditioning's recipe, after ComfyUI's nodes have had it.
 
         A tensor of zeros (ConditioningZeroOut) is no prompt. A tensor that does not belong to the recipe means that
-        two conditionings were merged by their tensors, which would silently drop one of them. A tensor alone (all that
-        ComfyUI keeps of scheduled CLIP hooks) is a prompt without pictures.
+        two conditionings were merged by their tensors, or one was scaled: half of it would silently be dropped. A tensor
+        alone (all that ComfyUI keeps of scheduled CLIP hooks) is a prompt without pictures.
         """
         recipe = recipe or cls._of_tensor(tagged)
         if recipe is None:
@@ -69,8 +69,8 @@ class Recipe:
             if found.shape == own.shape:
                 changed = f"{int((found != own).sum())} of its {wanted} entries are others"
             raise ValueError(
-                f"This conditioning was merged with another: {changed}.\n"
-                "Lance cannot concatenate or average prompts; write one prompt, or use Conditioning (Combine)."
+                f"This conditioning was merged or scaled: {changed}.\n"
+                "Lance cannot concatenate, average or multiply prompts; write one prompt, or use Conditioning (Combine)."
             )
         return recipe
 

@@ -47,7 +47,7 @@ def test_an_edit_begins_with_its_source():
 
 def test_errors_say_what_a_core_node_has_done():
     averaged, outside = report("nowhere", script=SCRIPT)
-    assert averaged.startswith("This conditioning was merged with another: ")
+    assert averaged.startswith("This conditioning was merged or scaled: ")
     assert averaged.endswith(" entries are others.")
     assert outside.startswith("An area of a conditioning holds 0 tokens of the latent [1, 8, 0]")
 

@@ -25,7 +25,8 @@ WATCH = """() => {
     const listening = "sent" in window;
     window.sent = {};
     if (!listening) app.api.addEventListener("progress_text", ({detail}) => {
-        (sent[app.graph.getNodeById(detail.nodeId)?.type] ??= []).push(detail.text);
+        const texts = (sent[app.graph.getNodeById(detail.nodeId)?.type] ??= []);
+        if (texts.at(-1) !== detail.text) texts.push(detail.text); // the last one is written once more when the run has ended
     });
     const letters = (text) => text.replace(/[^\\\\p{L}\\\\p{N}]/gu, "");
     window.watch = setInterval(() => {
@@ -40,6 +41,10 @@ WATCH = """() => {
         }
     }, 4);
 }"""
+# What stands in each node that has a text, by type.
+STANDING = """() => Object.fromEntries(app.graph._nodes
+    .map(({type, widgets}) => [type, widgets?.find(({name}) => name === "$$node-text-preview")?.value])
+    .filter(([, text]) => text))"""
 GROW = """async ({pictures}) => {
     app.graph.clear();
     const ask = LiteGraph.createNode("LanceNativeAsk"), names = [];
@@ -113,7 +118,10 @@ def run(page, graph, picture_name):
     queue_and_wait(page)
     page.wait_for_timeout(500)
     screenshot(page, kept(picture_name))
-    return page.evaluate("() => [window.written, window.sent]")
+    written, sent = page.evaluate("() => [window.written, window.sent]")
+    # Newer pages take texts away when a run has ended.
+    assert page.evaluate(STANDING) == {name: texts[-1][0] for name, texts in written.items()}
+    return written, sent
 
 
 def test_an_answer_streams_into_its_node(opened):
