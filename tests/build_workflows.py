@@ -112,7 +112,7 @@ ARRANGE = """({columns, sizes, tall, gap, rowGap, top, note}) => {
     app.canvas.ds.scale = scale;
     app.canvas.ds.offset = [0, 0];
     app.canvas.setDirty(true, true);
-    return app.graph.serialize();
+    return JSON.stringify(app.graph.serialize()); // which leaves out what is undefined: None to Python, which makes it null
 }"""
 
 
@@ -158,7 +158,7 @@ CONVERT = """({outside, promoted, name, description}) => {
     node.setSize([420, 360]);
     const graph = app.graph.serialize();
     Object.assign(graph.definitions.subgraphs[0], {category: "Lance", description});
-    return {...graph, links: [], nodes: graph.nodes.filter((one) => one.id === node.id)};
+    return JSON.stringify({...graph, links: [], nodes: graph.nodes.filter((one) => one.id === node.id)});
 }"""
 
 
@@ -170,7 +170,7 @@ def blueprint(page: Any, workflow: Workflow) -> dict[str, Any]:
     video = any(node["class_type"] == "SaveVideo" for node in workflow.graph.values())
     promoted = [one for one in promoted if one[1] != ("batch_size" if video else "frames")]
     arguments = {"outside": OUTSIDE, "promoted": promoted, "name": BLUEPRINTS[workflow.name], "description": workflow.note}
-    graph = page.evaluate(CONVERT, arguments)
+    graph = json.loads(page.evaluate(CONVERT, arguments))
     for node in graph["nodes"]:
         for slot in (*node["inputs"], *node["outputs"]):
             slot.update({"link": None} if "link" in slot else {"links": []})
@@ -187,7 +187,7 @@ def arranged(page: Any, workflow: Workflow) -> dict[str, Any]:
     note = {"title": workflow.name, "text": workflow.note, "height": NOTE_HEIGHT}
     sizes = {**SIZES, **workflow.sizes}
     places = {"columns": columns, "sizes": sizes, "tall": TALL, "gap": GAP, "rowGap": ROW_GAP, "top": TOP, "note": note}
-    return page.evaluate(ARRANGE, places)
+    return json.loads(page.evaluate(ARRANGE, places))
 
 
 def ui_format(page: Any, workflow: Workflow) -> dict[str, Any]:

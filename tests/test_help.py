@@ -183,7 +183,7 @@ SELECT = """(type) => {
     return node.title;
 }"""
 PICTURE = """(name) => {
-    const picture = document.querySelector(".node-help-content .markdown-content img");
+    const picture = document.querySelector(".node-help-content img");
     return picture?.src.endsWith(name) && picture.complete && picture.naturalWidth;
 }"""
 
