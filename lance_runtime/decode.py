@@ -112,7 +112,7 @@ def decode(
     """
     check_length(max_new_tokens)
     sampling = sampling or Sampling()
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator = torch.Generator().manual_seed(int(sampling.seed))
     written: list[int] = []
     for step in range(max_new_tokens):
         if step % ANSWER_ROOM == 0:

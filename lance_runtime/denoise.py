@@ -70,7 +70,7 @@ def draw_noise(context: Context | None, target: LatentShape, seed: int, channels
     """
     visuals = () if context is None else context.visuals
     before = sum(visual.grid.tokens for visual in visuals if visual.modality != Modality.VIT)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     rows = torch.randn(before + target.tokens, channels, generator=generator)[before:]
     return rows.T.reshape(channels, *target)
 

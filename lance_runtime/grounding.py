@@ -33,5 +33,5 @@ def find_boxes(answer: str, seen: Size, area: Area, picture: Size) -> list[dict]
 
 def _span(ends: tuple[float, float], scale: float, offset: float, size: int) -> tuple[int, int]:
     """Start and length along one axis of the picture."""
-    start, end = (min(max(round(offset + value * scale), 0), size) for value in sorted(ends))
+    start, end = (round(min(max(offset + value * scale, 0), size)) for value in sorted(ends))
     return start, end - start

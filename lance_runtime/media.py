@@ -25,7 +25,7 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"{path.name} is too large a picture: {error}.\nScale it down first; Lance sees 768 x 768.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is no picture.\nUse PNG, JPEG or WebP.") from error
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's for PNG, and for tags of TIFF
         if not path.is_file():
             raise
         raise ValueError(f"{path.name} ({path.stat().st_size} bytes) is damaged: {error}.\nUse an intact copy.") from error

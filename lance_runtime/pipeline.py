@@ -117,6 +117,10 @@ class LancePipeline:
             components.model.compile_layers(**({"mode": compile} if isinstance(compile, str) else {}))
         return cls(components, None if guess_variant(sources.model) == ANY_VARIANT else variant)
 
+    def forget(self) -> None:
+        """What was kept of questions; call it where other weights were put in."""
+        self._questions.entries.clear()
+
     def __call__(self, task: str, prompt: str = "", *, progress: Progress | None = None, **arguments: Any) -> Output:
         """Run a task to its end.
 
@@ -161,8 +165,9 @@ class LancePipeline:
         context = self.context(request)
         if not request.understands:
             return layout(context, request.target(), closing_ids(tokenizer))
-        answer = [*context.segments[-1].ids, *tokenizer.encode(PLACEHOLDER_ANSWER), *closing_ids(tokenizer)]
-        return layout(Context((*context.segments[:-1], Segment.text(answer)), context.vision))
+        *before, last = context.segments
+        answer = [*last.ids, *tokenizer.encode(PLACEHOLDER_ANSWER), *closing_ids(tokenizer)]  # of a visual: no ids
+        return layout(Context((*before, *([last] if last.is_visual else []), Segment.text(answer)), context.vision))
 
     @torch.no_grad()
     def _run(self, request: Request) -> Iterator[Step | Token]:
@@ -182,13 +187,14 @@ class LancePipeline:
 
     def _answer(self, request: Request) -> Iterator[Token]:
         parts, context = self.components, self.context(request)
-        sequence = layout(context)
-        bring(parts.model)
         ids: list[int] = []
         read = partial(self._questions.prefill, None, parts.engine)
-        for token in answer(parts.engine, sequence, parts.tokenizer, request.max_new_tokens, request.sampling, read):
+        tokens = answer(parts.engine, layout(context), parts.tokenizer, request.max_new_tokens, request.sampling, read)
+        bring(parts.model)
+        while (token := next(tokens, None)) is not None:
             ids.append(token)
             yield Token(token, parts.tokenizer.decode(ids))
+            bring(parts.model)  # again: the caller may have decoded a picture in between
 
     def context(self, request: Request) -> Context:
         """What the model has seen before it draws or answers; reads the sources with ViT and VAE."""

@@ -144,7 +144,8 @@ def _values(segment: Segment, config: LanceConfig) -> Tensor:
             f"A visual segment has values of shape {shape} where this model takes {expected}.\n"
             "Encode the picture with the vision tower and the VAE of the same model."
         )
-    return segment.values
+    # What is learned is differentiated through them, and ComfyUI's nodes run in inference mode.
+    return segment.values.clone() if torch.is_grad_enabled() and segment.values.is_inference() else segment.values
 
 
 def _visual_rope(engine: Engine, positions: Tensor) -> Streams:

@@ -102,6 +102,7 @@ def compare(
     total = len(settings.prompts) + 2 * count
     before = _trace(pipe, samples, lambda done: _tell(progress, len(settings.prompts) + done, total))
     put(pipe.components.model, weights, pipe.components.dtype, pipe.components.device)
+    pipe.forget()
     after = _trace(pipe, samples, lambda done: _tell(progress, len(settings.prompts) + count + done, total))
     return _compared(samples, before, after)
 

@@ -120,7 +120,8 @@ class PrefixCache:
 
 
 def _up_to_last_visual(layout: Layout) -> tuple[Segment, ...]:
-    segments = tuple(split.segment for split in layout.prefix)
+    """What is kept of a question: never its last split, whose states the answer begins with."""
+    segments = tuple(split.segment for split in layout.prefix[:-1])
     return segments[: 1 + max((i for i, segment in enumerate(segments) if segment.is_visual), default=-1)]
 
 

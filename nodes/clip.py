@@ -64,7 +64,7 @@ class LanceClipTokenizer:
         sources = [] if image is None else [one[None] for one in image]
         for source in [*sources, *([] if video is None else [video])]:
             frames = frames_of(source, GENERATE_TEXT_FPS, self.sizes)
-            yield self.tower.encode(frames, preset_of(AUTO, frames, self.sizes))
+            yield self.tower.encode(frames, preset_of(AUTO, source, self.sizes))
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(token_ids)
@@ -180,6 +180,8 @@ class LanceTextModel(torch.nn.Module):
         context = open_context(self.tokenizer, "")
         if tokens["bare"]:
             ids = [token[0] for token in tokens[TOKENS][0]]
+            if not ids:
+                raise ValueError("A question without a template has 0 tokens; it needs 1 or more.\nWrite a prompt.")
             return Context((*tokens["visuals"], Segment.text(ids)), context.vision)
         system = system_sentence("x2t_video" if tokens["video"] else "x2t_image", asked=bool(tokens["text"]))
         return question_context(self.tokenizer, open_context(self.tokenizer, system, tokens["visuals"]), tokens["text"])

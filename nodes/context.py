@@ -51,7 +51,7 @@ class LanceNativeViTEncode(io.ComfyNode):
     def execute(cls, clip: Any, source: Any, resolution: str, fps: float) -> io.NodeOutput:
         lance = lance_of(clip)
         frames = frames_of(source, fps, lance.sizes)
-        return io.NodeOutput(lance.tower.encode(frames, preset_of(resolution, frames, lance.sizes)))
+        return io.NodeOutput(lance.tower.encode(frames, preset_of(resolution, source, lance.sizes)))
 
 
 class LanceNativeVAEEncode(io.ComfyNode):
@@ -79,7 +79,8 @@ class LanceNativeVAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: Any, source: Any, resolution: str, fps: float) -> io.NodeOutput:
-        latent = encode_source(vae, frames_of(source, fps, sizes_of(vae)), resolution)
+        sizes = sizes_of(vae)
+        latent = encode_source(vae, frames_of(source, fps, sizes), preset_of(resolution, source, sizes))
         shape = grid_of(latent).pixels()
         return io.NodeOutput(latent, shape.width, shape.height, shape.frames)
 
@@ -165,7 +166,7 @@ def _both_streams(clip: Any, vae: Any, source: Any, resolution: str, fps: float,
     """A picture as the reference gives it to a task that draws: ViT tokens, then clean latents."""
     lance = lance_of(clip)
     frames = frames_of(source, fps, lance.sizes)
-    preset = preset_of(resolution, frames, lance.sizes)
+    preset = preset_of(resolution, source, lance.sizes)
     return [lance.tower.encode(frames, preset), Segment.latents(normalised(encode_source(vae, frames, preset)), role)]
 
 

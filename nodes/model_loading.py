@@ -89,15 +89,22 @@ class SharedPatcher(Ranked, comfy.model_patcher.ModelPatcher):
 
 
 def load_model(
-    path: str, tokenizer: LanceTokenizer, weight_type: str = "default", disable_dynamic: bool = False
+    path: str,
+    tokenizer: LanceTokenizer,
+    weight_type: str = "default",
+    variant: str | None = None,
+    disable_dynamic: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
-    """A Lance file as a patcher that ComfyUI manages; ``ValueError`` says what any other file is."""
+    """A Lance file as a patcher that ComfyUI manages; ``ValueError`` says what any other file is.
+
+    variant: which checkpoint it is, where the file does not say it.
+    """
     file = TensorFile(Path(path))
     found = plain_tensors(file).shapes  # before anything else: it names what is no Lance
     shape = read_config(file)
     check_names({name: tuple(value.shape) for name, value in build_lance(shape).named_parameters()}, found)
     header = {key: text for key, text in header_of(file).items() if key in HEADER_FILES}
-    config = LanceModelConfig(shape, tokenizer, guess_variant(file), header.get(LATENT_RGB))
+    config = LanceModelConfig(shape, tokenizer, variant or guess_variant(file), header.get(LATENT_RGB))
     state = _state(file)
     load_device = comfy.model_management.get_torch_device()
     _set_dtypes(config, state, load_device, WEIGHT_TYPES[weight_type])
@@ -115,7 +122,7 @@ def load_model(
     callbacks = comfy.patcher_extension.CallbacksMP
     patcher.add_callback_with_key(callbacks.ON_CLEANUP, "lance", lambda patcher: patcher.model.free_prefixes())
     patcher.add_callback_with_key(callbacks.ON_DETACH, "lance", _forget_questions)
-    patcher.cached_patcher_init = (load_model, (path, tokenizer, weight_type))
+    patcher.cached_patcher_init = (load_model, (path, tokenizer, weight_type, variant))
     return patcher
 
 

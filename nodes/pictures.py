@@ -46,9 +46,9 @@ def bytes_of(images: Tensor) -> np.ndarray:
     return to_frames(images.float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
 
 
-def preset_of(resolution: str, frames: np.ndarray, sizes: TrainedSizes = LANCE_3B) -> str:
-    """The resolution asked for; "auto" is the largest trained one for an image or a clip."""
-    return resolution if resolution != AUTO else sizes.preset(video=len(frames) > 1)
+def preset_of(resolution: str, source: Any, sizes: TrainedSizes = LANCE_3B) -> str:
+    """The resolution asked for; "auto" is the largest trained one for an image or a clip (of which one frame may be seen)."""
+    return resolution if resolution != AUTO else sizes.preset(video=is_video(source) or len(source) > 1)
 
 
 def sizes_of(vae: Any) -> TrainedSizes:
@@ -73,12 +73,12 @@ def encode(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {"samples": raw.float().to(comfy.model_management.intermediate_device())}
 
 
-def encode_source(vae: Any, frames: np.ndarray, resolution: str) -> dict[str, Tensor]:
+def encode_source(vae: Any, frames: np.ndarray, preset: str) -> dict[str, Tensor]:
     """A source as a LATENT, cut and scaled to its bucket, or "as is" (cut to multiples of 16)."""
-    if resolution == AS_IS:
+    if preset == AS_IS:
         height, width = (max(1, size // SPATIAL_STRIDE) * SPATIAL_STRIDE for size in frames.shape[1:3])
         return encode(vae, fitted_pixels(centre(frames, (height, width)), (height, width)))
-    return encode(vae, vae_pixels(frames, preset_of(resolution, frames, sizes_of(vae))))
+    return encode(vae, vae_pixels(frames, preset))
 
 
 def normalised(latent: dict[str, Any]) -> Tensor:

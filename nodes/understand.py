@@ -1,6 +1,6 @@
 """Nodes that make Lance speak: questions about pictures, and better prompts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -121,28 +121,32 @@ class LanceNativeAsk(io.ComfyNode):
             raise ValueError(
                 "Lance Ask has 0 pictures to describe; it needs 1 or more.\nConnect an image or a video, or write a question."
             )
-        pictures = [frames_of(source, sizes=lance.sizes) for source in sources]
+        pictures = _pictures(lance, sources, resolution)
         if context is None:
             task = "x2t_image" if video is None else "x2t_video"
-            context = _seen(lance, pictures, resolution, system_sentence(task, asked=bool(question)))
+            context = _seen(lance, pictures, system_sentence(task, asked=bool(question)))
         asked = question_context(lance.tokenizer, context, question)
         answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls))
-        boxes, mask = _boxes(lance, answer, pictures, resolution)
+        boxes, mask = _boxes(lance, answer, pictures)
         return io.NodeOutput(answer, boxes, mask, ui={"text": [answer]})
 
 
-def _seen(lance: LanceTextModel, pictures: list[np.ndarray], resolution: str, system: str) -> Context:
-    seen = [lance.tower.encode(frames, preset_of(resolution, frames, lance.sizes)) for frames in pictures]
-    return open_context(lance.tokenizer, system, seen)
+def _pictures(lance: LanceTextModel, sources: Iterable[Any], resolution: str) -> list[tuple[np.ndarray, str]]:
+    """The frames that are seen of each IMAGE or VIDEO, and the preset that they are seen at."""
+    return [(frames_of(one, sizes=lance.sizes), preset_of(resolution, one, lance.sizes)) for one in sources]
 
 
-def _boxes(lance: LanceTextModel, answer: str, pictures: list[np.ndarray], resolution: str) -> tuple[list[dict], Tensor]:
+def _seen(lance: LanceTextModel, pictures: Iterable[tuple[np.ndarray, str]], system: str) -> Context:
+    return open_context(lance.tokenizer, system, [lance.tower.encode(*picture) for picture in pictures])
+
+
+def _boxes(lance: LanceTextModel, answer: str, pictures: list[tuple[np.ndarray, str]]) -> tuple[list[dict], Tensor]:
     """Boxes in pixels of the (last) picture, and a mask of them; nothing where there is no picture."""
     if not pictures:
         return [], torch.zeros(1, 64, 64)
-    frames = pictures[-1]
+    frames, preset = pictures[-1]
     height, width = frames.shape[1:3]
-    shown = height, width, preset_of(resolution, frames, lance.sizes), lance.tower.config
+    shown = height, width, preset, lance.tower.config
     boxes = find_boxes(answer, vit_size(*shown), vit_area(*shown), (height, width))
     mask = torch.zeros(1, height, width)
     for box in boxes:
@@ -194,8 +198,8 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
         if image is None and not prompt.strip():
             raise ValueError("Lance Enhance Prompt has 0 words to rewrite; it needs 1 or more.\nWrite what to draw.")
         lance = lance_of(clip)
-        pictures = [] if image is None else [frames_of(image[:1])]
-        context = _seen(lance, pictures, AUTO, system_sentence("x2t_image", asked=True))
+        pictures = _pictures(lance, [] if image is None else [image[:1]], AUTO)
+        context = _seen(lance, pictures, system_sentence("x2t_image", asked=True))
         asked = question_context(lance.tokenizer, context, enhancement(style, prompt))
         answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls))
         answer = answer.strip().rstrip("\ufffd").rstrip()  # a character that the length cut through

@@ -1,6 +1,7 @@
 """The vision tower: a small model of its own in ComfyUI's memory management, loaded only to encode."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import comfy.model_management
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..lance_runtime.checkpoint import TensorFile, has_own_vit, identify
 from ..lance_runtime.components import assign
+from ..lance_runtime.config import VisionConfig
 from ..lance_runtime.context import Segment
 from ..lance_runtime.dequantize import plain_vit_tensors
 from ..lance_runtime.files import VIT_FOLDER, VIT_NAME, read_vision_config, whole_files
@@ -80,10 +82,13 @@ class VisionTower:
         merge = self.config.spatial_merge_size
         return Segment.vit(found, LatentShape(t, h // merge, w // merge))
 
+    @cached_property
+    def config(self) -> VisionConfig:
+        return read_vision_config(*self._config_source(self._file()))
+
     def _loaded(self) -> WholePatcher:
         if self._patcher is None:
             file = self._file()
-            self.config = read_vision_config(*self._config_source(file))
             vision = build_vision(self.config, attention=comfy_attention())
             device = comfy.model_management.text_encoder_offload_device()
             assign(vision, plain_vit_tensors(file), self.dtype, device)

@@ -239,7 +239,7 @@ def types_on_windows(nodes: Any) -> dict:
     load = importlib.import_module(f"{runs.PACK}.nodes.model_loading").load_model
     tokenizer = runs.Graph(nodes).model.model.tokenizer
     for plain in (False, True):
-        patcher = load(str(Path(sys.argv[3], "Lance_3B", "model.safetensors")), tokenizer, "fp8_e4m3fn", plain)
+        patcher = load(str(Path(sys.argv[3], "Lance_3B", "model.safetensors")), tokenizer, "fp8_e4m3fn", disable_dynamic=plain)
         management.load_models_gpu([patcher])
         network = patcher.model.diffusion_model
         layers = set(network.language_model.model.layers.modules())

@@ -125,6 +125,29 @@ def edits(nodes: Any) -> dict:
     }
 
 
+def odd(nodes: Any) -> dict:
+    """Questions and sources at the edge of what may be connected."""
+    graph, report, pictures = runs.Graph(nodes), {}, room("pictures")
+    words = nodes.LanceNativeContext.execute(graph.clip, "x2t_image", "look", "A red hat.", "").result[0]
+    settings = {"resolution": "auto", "max_length": 2, "temperature": 0.0, "top_p": 1.0, "seed": 1}
+    asked = nodes.LanceNativeAsk.execute(
+        graph.clip, "what", images={"image_0": graph.picture}, context=words, **settings
+    ).result
+    report["boxes beside a context of words"] = [asked[1], list(asked[2].shape)]
+    short = graph.picture.repeat(6, 1, 1, 1)
+    video = SimpleNamespace(get_components=lambda: SimpleNamespace(images=short, frame_rate=Fraction(24)))
+    sources = {"picture": short[:1], "frames": short, "video": video}
+    report["presets"] = {name: pictures.preset_of("auto", source) for name, source in sources.items()}
+    report["seen"] = [len(pictures.frames_of(source)) for source in sources.values()]
+    try:
+        graph.clip.generate(graph.clip.tokenize("", skip_template=True))
+    except ValueError as error:
+        report["said"] = str(error).split("\n")[0]
+    loaded = nodes.LanceNativeLoader.execute("Lance_3B/model.safetensors", "auto", "Wan2.2_VAE.pth", "video", "float32")
+    report["variant"] = loaded.result[0].clone(force_deepcopy=True).model.variant
+    return report
+
+
 def nowhere(nodes: Any) -> list[str]:
     """What is said of an area that lies outside, and of prompts that were averaged."""
     graph, said = runs.Graph(nodes), []

@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import av
@@ -290,6 +291,21 @@ def test_an_absent_accelerator_is_one_line(capsys):
 def test_a_damaged_picture_is_one_line(tmp_path, capsys):
     (tmp_path / "half.png").write_bytes((MEDIA / "wide.png").read_bytes()[:500])
     assert "half.png" in failed(["image_edit", *MODEL, "--image", "half.png"], capsys)
+
+
+def test_a_picture_with_a_broken_chunk_is_one_line(tmp_path, capsys):
+    """Pillow calls it a SyntaxError."""
+    whole = (MEDIA / "wide.png").read_bytes()
+    start = whole.index(b"IDAT")
+    length = int.from_bytes(whole[start - 4 : start], "big")
+    data, rest = whole[start + 4 : start + 4 + length], whole[start + 8 + length :]
+    parts = b"".join(chunk(name, part) for name, part in ((b"IDAT", data[:99]), (b"\0DAT", data[99:])))
+    (tmp_path / "chunk.png").write_bytes(whole[: start - 4] + parts + rest)
+    assert "chunk.png" in failed(["image_edit", *MODEL, "--image", "chunk.png"], capsys)
+
+
+def chunk(name, data):
+    return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
 
 
 def test_a_picture_beyond_reason_is_one_line(capsys, monkeypatch):

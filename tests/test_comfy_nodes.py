@@ -45,6 +45,15 @@ def test_an_edit_begins_with_its_source():
     assert found["kept"] < 1e-4
 
 
+def test_what_may_be_connected_too():
+    found = report("odd", script=SCRIPT)
+    assert found["boxes beside a context of words"] == [[], [1, 64, 96]]
+    assert found["presets"] == {"picture": "image_768res", "frames": "video_480p", "video": "video_480p"}
+    assert found["seen"] == [1, 1, 1]  # half as many frames a second, of a grid of 4 and one more
+    assert found["said"] == "A question without a template has 0 tokens; it needs 1 or more."
+    assert found["variant"] == "video"
+
+
 def test_errors_say_what_a_core_node_has_done():
     averaged, outside = report("nowhere", script=SCRIPT)
     assert averaged.startswith("This conditioning was merged or scaled: ")

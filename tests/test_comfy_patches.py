@@ -173,19 +173,43 @@ def test_a_saved_video_model_keeps_its_vision_tower(comfy_server, saved, class_t
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def training(latents, **numbers):
+    """Train LoRA in float32, on a latent and "positive"."""
+    fixed = {"grad_accumulation_steps": 1, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False}
+    types = {"training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA"}
+    how = {"optimizer": "AdamW", "loss_function": "MSE", "offloading": False, "learning_rate": 0.02, "seed": 1}
+    links = {"model": ["load", 0], "latents": latents, "positive": ["positive", 0]}
+    few = {"batch_size": 1, "steps": 2, "rank": 2, "checkpoint_depth": 1, "gradient_checkpointing": False}
+    return node("TrainLoraNode", **links, **fixed, **types, **how, **{**few, **numbers})
+
+
+def losses(server, graph):
+    result = server.run({**graph, "losses": node("PreviewAny", source=["train", 1])})
+    return json.loads(result.outputs["losses"]["text"][0])["loss"]
+
+
 @pytest.mark.parametrize("depth", [1, 4])
 def test_training_with_gradient_checkpointing(comfy_server, depth):
     """Depth 4 runs each decoder layer a second time, when the cache of the context has gone on."""
-    fixed = {"grad_accumulation_steps": 1, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False}
-    numbers = {"batch_size": 1, "steps": 2, "learning_rate": 0.02, "rank": 2, "seed": 1, "checkpoint_depth": depth}
-    types = {"training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA"}
-    how = {"optimizer": "AdamW", "loss_function": "MSE", "gradient_checkpointing": True, "offloading": False}
-    links = {"model": ["load", 0], "latents": ["first", 0], "positive": ["positive", 0]}
-    train = node("TrainLoraNode", **links, **fixed, **numbers, **types, **how)
-    graph = {**base(), "first": ksampler(seed=1), "train": train, "losses": node("PreviewAny", source=["train", 1])}
-    losses = json.loads(comfy_server.run(graph).outputs["losses"]["text"][0])["loss"]
-    assert len(losses) == 2
-    assert all(loss > 0 for loss in losses)
+    train = training(["first", 0], checkpoint_depth=depth, gradient_checkpointing=True)
+    found = losses(comfy_server, {**base(), "first": ksampler(seed=1), "train": train})
+    assert len(found) == 2
+    assert all(loss > 0 for loss in found)
+
+
+def test_training_on_an_edit(comfy_server):
+    """What the nodes have read of pictures are tensors of inference mode."""
+    seen = {"clip": ["load", 1], "vae": ["load", 2], "images.image_0": ["picture", 0]}
+    said = {"clip": ["load", 1], "context": ["edit", 0], "prompt": "a red hat", "negative_prompt": ""}
+    graph = {
+        **base(),
+        "picture": node("EmptyImage", width=96, height=64, batch_size=1, color=0xFF8800),
+        "edit": node("LanceNativeEdit", **seen, resolution="image_256res", batch_size=1),
+        "positive": node("LanceNativeConditioning", **said, uncond_positions="cached"),
+    }
+    found = losses(comfy_server, {**graph, "train": training(["edit", 1])})
+    assert len(found) == 2
+    assert all(loss > 0 for loss in found)
 
 
 def test_a_saved_clip_is_the_whole_model(comfy_server):
@@ -197,19 +221,13 @@ def test_a_saved_clip_is_the_whole_model(comfy_server):
 
 
 def test_training_a_lora(comfy_server, saved):
-    fixed = {"grad_accumulation_steps": 1, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False}
-    numbers = {"batch_size": 4, "steps": 200, "learning_rate": 0.02, "rank": 8, "seed": 1, "checkpoint_depth": 1}
-    types = {"training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA"}
-    how = {"optimizer": "AdamW", "loss_function": "MSE", "gradient_checkpointing": False, "offloading": False}
-    links = {"model": ["load", 0], "latents": ["first", 0], "positive": ["positive", 0]}
     start = {**base(batch=4), "first": ksampler(seed=1)}
-    train = node("TrainLoraNode", **links, **fixed, **numbers, **types, **how)
+    train = training(["first", 0], batch_size=4, steps=200, rank=8)
     keep = node("SaveLoRA", lora=["train", 0], prefix="loras/trained", steps=["train", 2])
     plain = latents(comfy_server, with_patch())
-    result = comfy_server.run({**start, "train": train, "keep": keep, "losses": node("PreviewAny", source=["train", 1])})
-    losses = json.loads(result.outputs["losses"]["text"][0])["loss"]
+    found = losses(comfy_server, {**start, "train": train, "keep": keep})
     # Each step draws a noise level of its own, and losses differ with it: only many together tell.
-    assert sum(losses[-80:]) < 0.95 * sum(losses[:80])
+    assert sum(found[-80:]) < 0.95 * sum(found[:80])
     assert torch.equal(latents(comfy_server, with_patch()), plain)
     lora = node("LoraLoaderModelOnly", lora_name="trained_200_steps_00001_.safetensors", strength_model=1.0)
     assert difference(latents(comfy_server, with_patch(lora)), plain) > ACTS

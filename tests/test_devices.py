@@ -143,6 +143,17 @@ def test_reading_and_decoding_go_without_plans_for_one_shape(image_pipe, monkeyp
     assert plans()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch prefers cuDNN from 2.5 on")
+def test_one_of_two_threads_that_ends_first_leaves_the_other_without_cudnn():
+    one, two = without_cudnn_attention(), without_cudnn_attention()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    two.__exit__(None, None, None)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "capability", "hip", "fused"),
     [

@@ -559,6 +559,13 @@ def test_finer_formats_have_smaller_errors(trees):
         assert values[0] > 0
 
 
+def test_questions_after_a_comparison_are_answered_by_the_other_weights(trees):
+    pipe, question = load(goldens.CHECKPOINT), tasks.arguments("x2t_image") | {"max_new_tokens": 24}
+    before = pipe(**question).token_ids
+    compare(pipe, coarse_weights(trees), SMALL)
+    assert pipe(**question).token_ids == load(trees["nvfp4"])(**question).token_ids != before
+
+
 def test_layers_before_the_first_quantised_one_have_no_error(tmp_path):
     quantize(TensorFile(MODEL), tmp_path / "q.safetensors", Plan("fp8", "gen", keep_layers=(0,)))
     result = compare(load(goldens.CHECKPOINT), plain_tensors(TensorFile(tmp_path / "q.safetensors")), SMALL)

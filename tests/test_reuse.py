@@ -52,6 +52,16 @@ def test_a_second_question_reads_its_words_alone(ask):
     assert len(whole) - len(lengths) == 2  # the system sentence, and the picture
 
 
+def test_a_question_may_end_in_its_picture(ask, image_pipe):
+    context = open_context(image_pipe.components.tokenizer, "Look.", ask.visuals)
+    asked = {"task": "x2t_image", "context": context, "max_new_tokens": 4}
+    image_pipe.forget()
+    first, again = image_pipe(**asked), image_pipe(**asked)
+    assert len(first.token_ids) == 4
+    assert first.token_ids == again.token_ids
+    assert image_pipe.layout(**asked).split_lens[:-1] == [len(segment) for segment in context.segments]
+
+
 def test_states_are_the_same_to_the_bit(ask, image_pipe):
     parts, prefixes = image_pipe.components, PrefixCache()
     context = open_context(parts.tokenizer, "Look.", ask.visuals)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,18 +18,40 @@ from .rope import Rope
 MAX_UNFUSED_SCORES = 2**28  # written out at once where attention is not fused: 1 GiB in float32
 
 
+class _CuDNNAttention:
+    """torch's one switch for all threads (of several cards, say): off while any of them wants it so."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.before = Lock(), 0, True
+
+    def turn_off(self) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.before = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self.users += 1
+
+    def turn_back(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                torch.backends.cuda.enable_cudnn_sdp(self.before)
+
+
+_CUDNN = _CuDNNAttention()
+
+
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
     """Where many calls have another shape each, or few the same, attention goes without cuDNN.
 
     torch prefers it on the newest cards, plans it anew for every exact shape, and keeps every plan.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    _CUDNN.turn_off()
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        _CUDNN.turn_back()
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
