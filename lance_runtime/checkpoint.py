@@ -62,6 +62,9 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.shapes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # a Mapping would read it
+
 
 class TensorFile(Tensors):
     """Tensors of one file, and its ``metadata``.

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .context import Context
+from .context import Context, Layout
 from .engine import Engine
 from .guidance import Guidance
 from .model.attention import without_cudnn_attention
 from .model.rope import Rope
 from .model.transformer import Streams
-from .prefill import Branch
+from .prefill import Branch, branch
 from .recorded import Recorded
 from .types import LatentShape, Modality
 
@@ -125,29 +125,20 @@ class RecordedVelocity:
 
 
 class Branches:
-    """The guidance branches, each prefilled when it is first needed."""
+    """The guidance branches, each prefilled when it is first needed.
 
-    def __init__(self, cond: Callable[[], Branch], text: Callable[[], Branch], none: Callable[[], Branch]) -> None:
-        self._make = (cond, text, none)
+    layouts: with the prompt, without it, and without it and the visual conditions.
+    """
 
-    @cached_property
-    def cond(self) -> Branch:
-        return self._make[0]()
-
-    @cached_property
-    def text(self) -> Branch:
-        """Without the prompt."""
-        return self._make[1]()
-
-    @cached_property
-    def none(self) -> Branch:
-        """Without the prompt and without the visual conditions."""
-        return self._make[2]()
+    def __init__(self, engine: Engine, *layouts: Callable[[], Layout]) -> None:
+        self.engine, self.layouts = engine, layouts
+        self.made: list[Branch] = []
 
     def at(self, sigma: Tensor, guidance: Guidance) -> list[Branch]:
-        if not guidance.acts_at(sigma):
-            return [self.cond]
-        return [self.cond, self.text, *([self.none] if guidance.needs_visual else [])]
+        count = 1 if not guidance.acts_at(sigma) else 3 if guidance.needs_visual else 2
+        for sequence in self.layouts[len(self.made) : count]:
+            self.made.append(branch(self.engine, sequence(), self.made))
+        return self.made[:count]
 
 
 def denoise(

@@ -15,6 +15,7 @@ from .checkpoint import ANY_VARIANT, HUB, QUANT_HEADER, TensorFile, check_is_lan
 from .config import LanceConfig, VisionConfig
 from .dequantize import plain_tensors
 from .tokenizer import LanceTokenizer
+from .types import check_choice
 
 LOGGER = logging.getLogger("lance")
 VARIANT_FOLDERS = {"image": "Lance_3B", "video": "Lance_3B_Video"}
@@ -63,7 +64,8 @@ def find_sources(path: Path, variant: str, vit: str = "auto") -> Sources:
     "standalone" insist; "none" does without, and nothing can be shown to the model then. ``FileNotFoundError`` says which
     file, where it was looked for and where to get it.
     """
-    _check_choices(path, variant, vit)
+    check_choice("Variant", variant, VARIANT_FOLDERS)
+    check_choice("vit", vit, VIT_CHOICES)
     model = TensorFile(find_model(path, variant))
     check_is_lance(model)
     homes = _homes(path, model.path)
@@ -121,15 +123,6 @@ def _parsed(text: str, name: str) -> dict:
         return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{name} ({len(text)} characters) is no JSON: {error}.\nDownload it again from {HUB}.") from error
-
-
-def _check_choices(path: Path, variant: str, vit: str) -> None:
-    if variant not in VARIANT_FOLDERS:
-        raise ValueError(f"Variant {variant!r} is none of {', '.join(VARIANT_FOLDERS)}.\nUse one of them.")
-    if vit not in VIT_CHOICES:
-        raise ValueError(f"vit {vit!r} is none of {', '.join(VIT_CHOICES)}.\nUse one of them.")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.\nGive the folder that holds {VARIANT_FOLDERS[variant]}/ ({HUB}).")
 
 
 def _uses_own_vit(model: TensorFile, vit: str) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .types import check_choice
+
 RENORM_KINDS = ("global", "channel", "none")
 UNCOND_POSITIONS = ("cached", "dense")
 EPSILON = 1e-8
@@ -35,12 +37,8 @@ class Guidance:
     uncond_positions: str = "cached"
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("renorm", self.renorm, RENORM_KINDS),
-            ("uncond_positions", self.uncond_positions, UNCOND_POSITIONS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} {value!r} is none of {', '.join(known)}.\nUse one of them.")
+        check_choice("renorm", self.renorm, RENORM_KINDS)
+        check_choice("uncond_positions", self.uncond_positions, UNCOND_POSITIONS)
         for name in ("scale", "visual_scale", "renorm_min"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"Guidance {name} is {getattr(self, name)}, not a finite number.\nThe default scale is 4.")

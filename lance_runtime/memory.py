@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .components import Components
+from .types import check_choice
 
 OFFLOAD_KINDS = ("none", "model", "layer")
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
@@ -21,8 +22,7 @@ MODULES_IN_FLIGHT = 2  # modules whose computing may be unfinished when further 
 
 
 def check_offload(kind: str, compiled: bool = False) -> None:
-    if kind not in OFFLOAD_KINDS:
-        raise ValueError(f"offload {kind!r} is none of {', '.join(OFFLOAD_KINDS)}.\nUse one of them.")
+    check_choice("offload", kind, OFFLOAD_KINDS)
     if compiled and kind == "layer":
         raise ValueError(
             "offload='layer' cannot be combined with compile: a layer cannot be compiled while its weights come and go.\n"

@@ -30,7 +30,6 @@ from .decode import answer
 from .denoise import Branches, Given, Step, check_noise, check_sigmas, denoise, draw_noise, flow_sigmas
 from .files import find_sources
 from .memory import add_offloading, bring, check_offload, check_recording, checked_device, default_dtype
-from .prefill import Branch, branch
 from .prompts import system_sentence
 from .request import LOGGER, Request
 from .reuse import PrefixCache, VisionTokenCache
@@ -146,7 +145,7 @@ class LancePipeline:
         return Output(latents=last.latents, decode_latents=self._decode)
 
     def stream(self, task: str, prompt: str = "", **arguments: Any) -> Iterator[Step | Token]:
-        """The same arguments; yields ``Step`` (index, sigma, latents) or ``Token`` (id, text so far) as they are made."""
+        """The same arguments but ``progress``; yields a ``Step`` or a ``Token`` as soon as it is made."""
         return self._run(self.request(task, prompt, **arguments))
 
     def request(self, task: str, prompt: str = "", **arguments: Any) -> Request:
@@ -201,7 +200,8 @@ class LancePipeline:
         if request.context is not None:
             return request.context
         tokenizer, visuals = self.components.tokenizer, list(self._visuals(request))
-        system = request.instruction or system_sentence(request.task, asked=bool(request.question))
+        own = request.instruction
+        system = system_sentence(request.task, asked=bool(request.question)) if own is None else own
         context = open_context(tokenizer, system, visuals)
         if request.understands:
             return question_context(tokenizer, context, request.question)
@@ -233,20 +233,12 @@ class LancePipeline:
 
     def branches(self, request: Request, context: Context, target: LatentShape) -> Branches:
         """The guidance branches over a context: the prompt, the negative one or none, and nothing at all."""
-        before: list[Branch] = []
-
-        def made(sequence: Callable[[], Layout]) -> Callable[[], Branch]:
-            def make() -> Branch:
-                before.append(branch(self.components.engine, sequence(), before))
-                return before[-1]
-
-            return make
-
         bare = context.without(Modality.PROMPT, *VISUAL_CONDITIONS)
         return Branches(
-            cond=made(lambda: layout(context, target)),
-            text=made(lambda: self._without_prompt(request, context, target)),
-            none=made(lambda: layout(bare, target)),
+            self.components.engine,
+            lambda: layout(context, target),
+            lambda: self._without_prompt(request, context, target),
+            lambda: layout(bare, target),
         )
 
     def _without_prompt(self, request: Request, context: Context, target: LatentShape) -> Layout:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .config import VisionConfig
-from .types import LANCE_3B, TEMPORAL_STRIDE, VIDEO_FPS
+from .types import LANCE_3B, TEMPORAL_STRIDE, VIDEO_FPS, check_choice
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -146,8 +146,7 @@ def vit_patches(frames: Any, preset: str, vision_config: VisionConfig) -> tuple[
 
 
 def _nearest_bucket(height: int, width: int, preset: str, stream: str) -> Size:
-    if preset not in _tables():
-        raise ValueError(f"{preset!r} is none of the {len(presets())} resolutions.\nUse one of: {', '.join(presets())}.")
+    check_choice("Resolution", preset, presets())
     rows, columns = min(_tables()[preset][stream], key=lambda size: abs(width / height - size[1] / size[0]))
     return rows, columns
 

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from .tokenizer import IM_END, IM_START
+from .types import check_choice
 
 GENERATION_TASKS = ("t2i", "t2v", "i2v", "image_edit", "video_edit", "subject_image", "subject_video")
 UNDERSTANDING_TASKS = ("x2t_image", "x2t_video")
@@ -27,8 +28,7 @@ def _sentences() -> dict:
 
 def check_task(task: str) -> None:
     """``ValueError`` for a name that is none of the nine tasks."""
-    if task not in TASKS:
-        raise ValueError(f"{task!r} is none of the {len(TASKS)} tasks.\nUse one of: {', '.join(TASKS)}.")
+    check_choice("Task", task, TASKS)
 
 
 def system_sentence(task: str, asked: bool = False) -> str:
@@ -57,6 +57,5 @@ def caption_sentences(task: str) -> list[str]:
 def enhancement(style: str, prompt: str) -> str:
     """The question that makes Lance rewrite a prompt; style: image, video, edit, or image to video."""
     questions = _sentences()["enhance"]
-    if style not in questions:
-        raise ValueError(f"Style {style!r} is none of the {len(questions)} known ones.\nUse one of: {', '.join(questions)}.")
+    check_choice("Style", style, questions)
     return questions[style].replace("{prompt}", prompt)

@@ -15,6 +15,7 @@ from .checkpoint import QUANT_TENSOR, TensorFile, Tensors, is_quantised, model_t
 from .files import header_of
 from .quant_formats import FORMATS, Format
 from .saving import Piece, Spec, check_new, write_tensors
+from .types import check_choice
 
 SCOPES = ("gen", "und", "both")
 # A decoder layer's linear weights, and the layer's number.
@@ -34,9 +35,8 @@ class Plan:
     keep_layers: tuple[int, ...] = (0, -1)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("Format", self.format, tuple(FORMATS)), ("Scope", self.scope, SCOPES)):
-            if value not in known:
-                raise ValueError(f"{name} {value!r} is none of {', '.join(known)}.\nUse one of them.")
+        check_choice("Format", self.format, FORMATS)
+        check_choice("Scope", self.scope, SCOPES)
 
     @property
     def kind(self) -> Format:

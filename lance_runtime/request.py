@@ -181,9 +181,8 @@ class Request:
                 f"{self.task} takes {int(takes_clip)} video, and got {int(self.video is not None)}.\n{self._advice()}"
             )
         if self.understands and (self.prompt or self.negative_prompt):
-            raise ValueError(
-                f"{self.task} takes a question, and got a prompt of {len(self.prompt)} characters.\nPass question=."
-            )
+            letters = len(self.prompt or self.negative_prompt or "")
+            raise ValueError(f"{self.task} takes a question, and got a prompt of {letters} characters.\nPass question=.")
         if not self.understands and self.question:
             raise ValueError(
                 f"{self.task} takes a prompt, and got a question of {len(self.question)} characters.\nPass prompt=."

@@ -107,8 +107,10 @@ class PrefixCache:
         kept = self.entries.get(key)
         if kept is None:
             prefill(engine, replace(layout, splits=layout.splits[:done]), cache)
-            layers = [cache.committed(index).to("cpu", copy=True) for index in range(len(cache.layers))]
-            self.entries.put(key, KeptPrefix(segments, layers), sum(layer.nbytes for layer in layers))
+            held = [cache.committed(index) for index in range(len(cache.layers))]
+            nbytes = sum(layer.nbytes for layer in held)
+            if nbytes <= self.entries.max_bytes:  # else they would be copied for nothing
+                self.entries.put(key, KeptPrefix(segments, [layer.to("cpu", copy=True) for layer in held]), nbytes)
         else:
             cache.fill(kept.layers)
         return prefill(engine, layout, cache, done)

@@ -9,7 +9,7 @@ Layouts, by name:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -94,3 +94,9 @@ class TrainedSizes(NamedTuple):
 
 
 LANCE_3B = TrainedSizes()
+
+
+def check_choice(name: str, value: object, known: Collection[str]) -> None:
+    """``ValueError`` for a value that is none of the known ones."""
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is none of the {len(known)} known ones.\nUse one of: {', '.join(known)}.")

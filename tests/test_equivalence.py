@@ -296,7 +296,7 @@ def test_scale_1_never_makes_the_other_branches(image_pipe):
     def refused():
         raise AssertionError("a branch that was not needed")
 
-    branches = Branches(lambda: branch(engine, sequence), refused, refused)
+    branches = Branches(engine, lambda: sequence, refused, refused)
     steps = list(denoise(engine, random(1, 48, 1, 3, 4), flow_sigmas(3), branches, Guidance(scale=1.0)))
     assert [step.index for step in steps] == [0, 1, 2]
 

@@ -10,6 +10,7 @@ import torch
 
 from lance_runtime.context import layout
 from lance_runtime.denoise import predict_velocity
+from lance_runtime.guidance import Guidance
 from lance_runtime.types import LatentShape, Modality
 
 VELOCITY, LATENTS, PIXELS = 1e-4, 1e-3, 2
@@ -49,8 +50,8 @@ def test_velocity_of_the_first_step(name, load_pipeline):
     if arguments["task"] == "i2v":
         timesteps[:, 0] = 0
     with torch.no_grad():
-        cond = pipe.branches(request, context_of(pipe, name), target).cond
-        velocity = predict_velocity(pipe.components.engine, golden["noise"][None], timesteps, [cond])[0]
+        cond = pipe.branches(request, context_of(pipe, name), target).at(torch.ones(()), Guidance(scale=1.0))
+        velocity = predict_velocity(pipe.components.engine, golden["noise"][None], timesteps, cond)[0]
     if "velocity_first" in golden:
         assert difference(velocity, golden["velocity_first"]) < VELOCITY
     else:  # the tokens behind the first latent frame only

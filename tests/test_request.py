@@ -299,7 +299,7 @@ def test_answering_out_of_range_is_refused(image_pipe, changed, named):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"renorm": "local"}, "'local' is none of global, channel, none"),
+        ({"renorm": "local"}, "'local' is none of the 3 known ones"),
         ({"uncond_positions": "both"}, "'both'"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"visual_scale": float("inf")}, "visual_scale is inf"),

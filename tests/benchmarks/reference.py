@@ -215,7 +215,7 @@ class Race:
 
     def _steps(self, turns: int) -> Iterator[Step]:
         cond, text = self.branches
-        branches = Branches(lambda: cond, lambda: text, lambda: text)
+        branches = Branches(self.engine, lambda: cond.layout, lambda: text.layout)
         sigmas = flow_sigmas(turns + 1, SHIFT)
         return denoise(self.engine, self.noise, sigmas, branches, Guidance(scale=SCALE, interval=(0.0, 1.0)))
 

@@ -35,7 +35,7 @@ from lance_runtime.denoise import Branches, denoise, flow_sigmas, predict_veloci
 from lance_runtime.engine import Engine
 from lance_runtime.guidance import Guidance
 from lance_runtime.kv_cache import KVCache
-from lance_runtime.prefill import Branch, branch, prefill
+from lance_runtime.prefill import branch, prefill
 from lance_runtime.quant_formats import FORMATS
 from lance_runtime.quantize import Plan
 from lance_runtime.types import Modality, PixelShape
@@ -162,15 +162,8 @@ def guided(steps: int = 30) -> int:
 def held(work: Work) -> int:
     """The most bytes beside the weights while the contexts are read and a guided step is taken."""
     host, grid = engine(), work.pixels.latent()
-
-    made: list[Branch] = []
-
-    def make(context: Context) -> Branch:
-        made.append(branch(host, layout(context, grid), made))
-        return made[-1]
-
     bare = work.context.without(Modality.PROMPT)
-    branches = Branches(lambda: make(work.context), lambda: make(bare), lambda: make(bare))
+    branches = Branches(host, lambda: layout(work.context, grid), lambda: layout(bare, grid))
     noise = torch.empty(1, host.model.config.latent_channels, *grid, device=META)
     with torch.no_grad(), Alive() as alive:
         next(denoise(host, noise, flow_sigmas(30), branches, Guidance(scale=4.0)))
