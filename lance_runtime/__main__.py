@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .commands import COMMANDS
 from .files import NANO, VIT_CHOICES
 from .guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
@@ -75,11 +77,20 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--variant", choices=("image", "video"), help="checkpoint (default: video for tasks with a clip)")
     group.add_argument(
-        "--vit", choices=VIT_CHOICES, default="auto", help="vision tower: the checkpoint's own, the separate one or none"
+        "--vit",
+        choices=VIT_CHOICES,
+        default="auto",
+        help="vision tower: the checkpoint's own, the separate one or none (default: its own where it has one)",
     )
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: the accelerator that torch finds)")
     group.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on an accelerator, float32 on a CPU")
-    group.add_argument("--offload", choices=OFFLOAD_KINDS, default="none", help="keep parts of the model off the device")
+    group.add_argument(
+        "--offload",
+        choices=OFFLOAD_KINDS,
+        default="none",
+        help="none: all on the device; model: one part at a time; layer: weights pass through, for cards smaller than the "
+        "network (default: %(default)s)",
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile the layers: slow at first, faster after")
     group.add_argument(
         "--cuda-graphs", action="store_true", help="for a card that waits for its host: launch a step as a whole"
@@ -106,8 +117,10 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("drawing")
     group.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: as trained: 768, clips 480)")
     group.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: as trained: 768, clips 848)")
-    group.add_argument("--frames", type=int, help="frames of a clip, 4k+1 (default: 49; trained up to 121)")
-    group.add_argument("--resolution", choices=presets(), help="size class of sources (default: image_768res, video_480p)")
+    group.add_argument(
+        "--frames", type=int, help="frames of a clip, 4k+1 (default: 49, and trained up to 121; of Lance Nano 9)"
+    )
+    group.add_argument("--resolution", choices=presets(), help="size class of sources (default: the largest that was trained)")
     group.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
     group.add_argument("--shift", type=float, default=3.5, help="schedule shift (default: %(default)s)")
     group.add_argument("--seed", type=int, default=42, help="of the noise, or of sampled text (default: %(default)s)")
@@ -121,9 +134,16 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance", type=float, default=4.0, help="scale; 1 turns it off (default: %(default)s)")
     group.add_argument("--visual-guidance", type=float, default=1.0, help="scale on the sources (default: %(default)s)")
     group.add_argument(
-        "--interval", type=float, nargs=2, default=(0.4, 1.0), metavar=("LOW", "HIGH"), help="sigmas with guidance"
+        "--interval",
+        type=float,
+        nargs=2,
+        default=(0.4, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="sigmas with guidance (default: 0.4 1.0)",
     )
-    group.add_argument("--renorm", choices=RENORM_KINDS, default="global", help="keep the norm of the unguided velocity")
+    group.add_argument(
+        "--renorm", choices=RENORM_KINDS, default="global", help="keep the norm of the unguided velocity (default: %(default)s)"
+    )
     group.add_argument("--renorm-min", type=float, default=0.0, help="renorm shrinks no further (default: %(default)s)")
     group.add_argument(
         "--uncond-positions",
@@ -225,6 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(command(arguments[1:]) if command else run(build_parser().parse_args(arguments)))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]} Add --offload layer, and --tiled-vae.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if command is not COMMANDS["download"]:

@@ -93,7 +93,7 @@ class LancePipeline:
         compile: bool | str = False,  # noqa: A002  # the field's word for it
         cuda_graphs: bool = False,
     ) -> LancePipeline:
-        """Load a tree as on the hub (or a single file that carries its configuration, with ViT and VAE beside it).
+        """Load a tree as on the hub, ComfyUI's models folder, or a single file with the other parts beside it.
 
         variant: "image" (t2i, image_edit, subject_image, x2t_image) or "video" (the other tasks). device, dtype: by
         default the accelerator in bfloat16, or the CPU in float32. vit: the vision tower, "checkpoint" (the file's own),
@@ -123,7 +123,7 @@ class LancePipeline:
     def __call__(self, task: str, prompt: str = "", *, progress: Progress | None = None, **arguments: Any) -> Output:
         """Run a task to its end.
 
-        images: PIL images or uint8 HWC. video: uint8 (T, H, W, 3) at ``fps``. instruction: own system sentence.
+        images: PIL images or uint8 HWC. video: uint8 (T, H, W, 3) at ``fps`` (24). instruction: own system sentence.
         height, width, num_frames: size of the target where no source decides it (default: what the model was trained on).
         resolution: preset of the sources.
         steps, shift, or sigmas: the schedule. guidance: see ``Guidance``. negative_prompt: in place of no prompt.

@@ -221,7 +221,7 @@ class LanceNativeSubject(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         images = io.Autogrow.TemplatePrefix(
-            io.Image.Input("image", tooltip="A subject to keep."), "image_", min=1, max=MAX_VISUALS
+            io.Image.Input("image", tooltip="A subject to keep; of a batch the first."), "image_", min=1, max=MAX_VISUALS
         )
         return io.Schema(
             node_id="LanceNativeSubject",

@@ -139,7 +139,7 @@ class LanceNativeVideoStart(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of Load Lance."),
                 io.Latent.Input("latent", tooltip="The size and length of the video (Empty Lance Latent)."),
                 io.Image.Input("first", optional=True, tooltip="The picture that the video begins with."),
-                io.Image.Input("last", optional=True, tooltip="The picture that it ends with."),
+                io.Image.Input("last", optional=True, tooltip="The picture that it ends with; of a batch the first."),
                 io.Image.Input("middle", optional=True, tooltip="A picture on the way, at 'middle_at'."),
                 source_input(
                     "continue_from", optional=True, tooltip="A video whose end is the beginning; or its frames, at 12 a second."

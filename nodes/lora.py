@@ -89,8 +89,8 @@ class LanceNativeLoraLoader(io.ComfyNode):
         report = [f"{len(placed)} of {len(lora)} tensors placed.", *_about_alpha(lora, strength)]
         if any(getattr(layer, "layout_type", None) == NVFP4 for layer in model.model.diffusion_model.modules()):
             report.append(
-                "ComfyUI rounds nvfp4 weights again with a LoRA in them, which is rough; Load LoRA (Bypass) does not, "
-                "where the LoRA has ComfyUI's names."
+                "ComfyUI rounds nvfp4 weights again with a LoRA in them, which is rough. "
+                "Load LoRA (Bypass) (For debugging) does not, where the LoRA has ComfyUI's names."
             )
         if lost := [name for name in lora if name not in placed]:
             report.append(f"Without a place: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}")

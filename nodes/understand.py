@@ -88,7 +88,12 @@ class LanceNativeAsk(io.ComfyNode):
                 io.String.Input("question", multiline=True, dynamic_prompts=True, default="", tooltip="Empty: a description."),
                 io.Autogrow.Input("images", template=images, optional=True, tooltip="One or more pictures."),
                 io.Video.Input("video", optional=True, tooltip="A video. " + SAMPLED),
-                LanceContext.Input("context", optional=True, tooltip="Instead of pictures: a context of your own."),
+                LanceContext.Input(
+                    "context",
+                    optional=True,
+                    tooltip="Instead of pictures: a context of your own. "
+                    "Pictures beside it only say whose pixels boxes are in.",
+                ),
                 resolution_input(),
                 *sampling_inputs(),
             ],

@@ -288,6 +288,23 @@ def test_an_absent_accelerator_is_one_line(capsys):
     assert absent in failed(["t2i", *MODEL[:2], "--device", absent], capsys)
 
 
+def test_too_little_memory_is_one_line_with_a_way_out(capsys, monkeypatch):
+    import torch
+
+    def out_of_memory(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nSee the documentation.")
+
+    monkeypatch.setattr("lance_runtime.__main__.LancePipeline.from_pretrained", out_of_memory)
+    assert "Tried to allocate 1 GiB. Add --offload layer" in failed(["t2i", "--prompt", "a"], capsys)
+
+
+def test_the_command_line_by_its_path(tmp_path):
+    """Portable packages of Windows have a Python that is isolated from the folder that it is started in."""
+    script = Path(__file__).parents[1] / "lance.py"
+    done = subprocess.run([sys.executable, "-I", script, "download", "--help"], cwd=tmp_path, capture_output=True, check=True)
+    assert b"--variant" in done.stdout
+
+
 def test_a_damaged_picture_is_one_line(tmp_path, capsys):
     (tmp_path / "half.png").write_bytes((MEDIA / "wide.png").read_bytes()[:500])
     assert "half.png" in failed(["image_edit", *MODEL, "--image", "half.png"], capsys)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import goldens
@@ -576,6 +577,24 @@ def test_layers_before_the_first_quantised_one_have_no_error(tmp_path):
 
 
 # The command line
+
+
+def test_what_cannot_be_measured_is_said_before_or_after_the_file_is_written(tmp_path, capsys, monkeypatch):
+    asked = ["quantize", "--model", str(goldens.CHECKPOINT), "--output", str(tmp_path / "q.safetensors"), "--format", "fp8"]
+
+    def out_of_memory(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    monkeypatch.setattr(LancePipeline, "from_pretrained", out_of_memory)
+    assert main([*asked, "--size", "64", "--steps", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "Not measured: CUDA out of memory. Tried to allocate 1 GiB. Measure with --device cpu." in shown
+    assert "weights quantised" in shown
+    (tmp_path / "q.safetensors").unlink()
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert main(asked) == 2
+    assert "--no-measure" in capsys.readouterr().err
+    assert not (tmp_path / "q.safetensors").exists()
 
 
 def test_quantize_prints_a_table(tmp_path, capsys):
