@@ -14,7 +14,7 @@ from workflow_definitions import WORKFLOWS
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.comfy
-SHOW_ERRORS = re.compile("See Errors|View details")  # up to 1.49, and newer
+SHOW_ERRORS = re.compile("See Errors|View details")  # 1.49, 1.58
 # The browser's own download would leave the loopback: what a click hands to it is written down instead.
 CATCH_CLICKS = """() => {
     window.clicked = [];

@@ -1,4 +1,4 @@
-// A node writes into itself while it runs. The page takes that text away when the run has ended (1.46 and newer), a graph is
+// A node writes into itself while it runs. The page takes that text away when the run has ended (1.57 and newer), a graph is
 // loaded again or a change is undone, and a node whose result ComfyUI still has does not run again. Here it is written again.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
