@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def ui_format(page: Any, workflow: Workflow) -> dict[str, Any]:
     for node in graph["nodes"]:
         _describe(node)
     graph["extra"] = {}
-    graph["id"] = workflow.slug
+    graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"lance-native/{workflow.slug}"))
     return graph
 
 

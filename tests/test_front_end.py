@@ -6,7 +6,9 @@ The pack's only script shows a node's text again where its result is still there
 from __future__ import annotations
 
 import copy
+import json
 import re
+from pathlib import Path
 
 import pytest
 from comfy_browser import graph_errors, load_workflow, looking, open_ui, queue_and_wait, screenshot
@@ -18,6 +20,7 @@ from workflow_definitions import WORKFLOWS
 from workflow_nodes import edit, enhance, load, picture
 
 pytestmark = pytest.mark.comfy
+ROOT = Path(__file__).parents[1]
 RENDERERS = {"classic": 1, "nodes2": 2}  # seeds: what was run before is not run again
 # Each text that comes for a node, and each that stands in it, with whether a person can see it: somewhere on the page.
 WATCH = """() => {
@@ -65,6 +68,23 @@ GROW = """async ({pictures}) => {
     return {names, sent: Object.keys(output[ask.id].inputs).filter((name) => name.startsWith("images")),
         shown: document.querySelector(`[data-node-id="${ask.id}"]`)?.innerText ?? null};
 }"""
+ASK_IN_A_BOX = """(question) => {
+    const [box] = app.graph._nodes, ask = box.subgraph.nodes.find(({type}) => type === "LanceNativeAsk");
+    const set = (node, name, value) => { node.widgets.find((widget) => widget.name === name).value = value; };
+    set(box, "question", question);
+    set(ask, "resolution", "image_256res");
+    set(ask, "max_length", 12);
+    const picture = LiteGraph.createNode("LoadImage");
+    app.graph.add(picture);
+    picture.pos = [-400, 80];
+    set(picture, "image", "example.png");
+    picture.connect(0, box, 0);
+}"""
+OPEN_BOX = """() => {
+    const box = app.graph._nodes.find((node) => node.isSubgraphNode?.());
+    app.canvas.openSubgraph(box.subgraph, box);
+}"""
+ON_SCREEN = STANDING.replace("app.graph.", "app.canvas.graph.")
 SHOWN_PICTURE = """() => {
     const node = app.graph._nodes.find(({type}) => type === "LanceNativeContextInspector");
     const picture = document.querySelector(`[data-node-id="${node.id}"] img`) ?? node.imgs?.[0];
@@ -190,6 +210,32 @@ def test_an_answer_is_there_again_when_the_node_need_not_run(opened):
     assert again["LanceNativeAsk"][-1] == before["LanceNativeAsk"][-1]
     assert again["LanceNativeAsk"][-1][1]
     assert len(sent["LanceNativeAsk"]) == 1  # it did not run
+
+
+def test_an_answer_is_there_again_after_another_workflow_and_after_undo(opened):
+    page, seed = opened
+    graph = template("Ask about an Image", seed, question=f"What comes back of picture {seed}?", max_length=12)
+    written, _ = run(page, graph, f"asked before {seed}.png")
+    expected = written["LanceNativeAsk"][-1][0]
+    for commands in (("Comfy.NewBlankWorkflow", "Workspace.PreviousOpenedWorkflow"), ("Comfy.Undo",)):
+        for command in commands:
+            page.evaluate("(command) => app.extensionManager.command.execute(command)", command)
+        page.wait_for_function(f"(text) => ({STANDING})().LanceNativeAsk === text", arg=expected, timeout=10_000)
+
+
+def test_a_box_shows_what_its_node_writes(opened):
+    page, seed = opened
+    if (version := page.evaluate("() => __COMFYUI_FRONTEND_VERSION__.split('.').map(Number)")) < [1, 57]:
+        pytest.skip(f"the page {version} looks for no node inside a box")
+    load_workflow(page, json.loads((ROOT / "subgraphs" / "Lance Ask Image.json").read_text("utf-8")))
+    page.evaluate(ASK_IN_A_BOX, f"What is in box {seed}?")
+    queue_and_wait(page)
+    page.wait_for_timeout(500)
+    ((_, answer),) = page.evaluate(STANDING).items()
+    screenshot(page, kept(f"box {seed}.png"))
+    page.evaluate(OPEN_BOX)
+    page.wait_for_function(f"(text) => ({ON_SCREEN})().LanceNativeAsk === text", arg=answer, timeout=10_000)
+    screenshot(page, kept(f"box opened {seed}.png"))
 
 
 def test_the_page_loads_one_script_of_ours(server):

@@ -1,38 +1,71 @@
-// A node writes into itself while it runs. The page takes that text away when the run has ended (1.57 and newer), a graph is
-// loaded again or a change is undone, and a node whose result ComfyUI still has does not run again. Here it is written again.
+// A node writes into itself while it runs. The page takes that text away when a run has ended (1.57 and newer), a graph is
+// loaded again or a change is undone, and a node whose result ComfyUI still has does not run again. Here it is written again,
+// and also into the box (the subgraph) that the node is in, where that is what one sees.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
-const texts = new Map(); // node -> what came for it last in this run
+const texts = new WeakMap(); // node -> its id in a run, and what came for it last
 
-// "5", or "12:5" for node 5 of the subgraph that node 12 is.
-function nodeOf(id) {
-    let node = null, graph = app.rootGraph ?? app.graph;
+// Of node "12:5" that is ours: [5, "12:5"], and [12, "12"], the box that it is in.
+function holdersOf(id) {
+    const holders = [];
+    let graph = app.rootGraph ?? app.graph, path = "";
     for (const part of String(id).split(":")) {
-        node = graph?.getNodeById(part);
+        const node = graph?.getNodeById(part);
+        path = path ? `${path}:${part}` : part;
+        if (node) holders.unshift([node, path]);
         graph = node?.subgraph;
     }
-    return node?.comfyClass?.startsWith("LanceNative") ? node : null;
+    return holders[0]?.[0].comfyClass?.startsWith("LanceNative") ? holders : [];
 }
 
-// The page looks for the node in the graph on screen alone: another workflow's may have the same number there.
+// The page looks for the node in the graph on screen alone: another workflow's may have the same number there. Inside a box
+// that is open, pages before 1.57 stumble over the number.
 function write(node, nodeId, text) {
-    if (node?.graph === app.canvas.graph) api.dispatchCustomEvent("progress_text", { nodeId, text });
+    const minor = Number(window.__COMFYUI_FRONTEND_VERSION__?.split(".")[1] ?? 57);
+    if (node.graph === app.canvas.graph && (minor >= 57 || !nodeId.includes(":")))
+        api.dispatchCustomEvent("progress_text", { nodeId, text });
+}
+
+function writeAgain() {
+    for (const node of app.canvas.graph.nodes) if (texts.has(node)) write(node, ...texts.get(node));
 }
 
 api.addEventListener("progress_text", ({ detail: { nodeId, text } }) => {
-    const node = nodeOf(nodeId);
-    if (node) texts.set(node, [nodeId, text]);
+    const [own, ...boxes] = holdersOf(nodeId);
+    if (own) texts.set(own[0], [own[1], text]);
+    for (const [box, path] of boxes) {
+        texts.set(box, [path, text]);
+        write(box, path, text);
+    }
 });
 
 api.addEventListener("executed", ({ detail }) => {
     const { text, images } = detail?.output ?? {}, nodeId = detail?.display_node ?? detail?.node;
-    if (text && !images) write(nodeOf(nodeId), nodeId, text[0]); // the inspector's words are in its picture
+    if (text && !images) // the inspector's words are in its picture
+        for (const [node, path] of holdersOf(nodeId)) {
+            texts.set(node, [path, text[0]]);
+            write(node, path, text[0]);
+        }
 });
 
-for (const end of ENDS)
-    api.addEventListener(end, () => setTimeout(() => { // after the page's own
-        for (const [node, [nodeId, text]] of texts) write(node, nodeId, text);
-        texts.clear();
-    }));
+for (const end of ENDS) api.addEventListener(end, () => setTimeout(writeAgain)); // after the page's own
+
+app.registerExtension({
+    name: "LanceNative.KeptTexts",
+    setup() {
+        for (const turn of ["subgraph-opened", "subgraph-converted"])
+            app.canvas.canvas.addEventListener(turn, () => setTimeout(writeAgain));
+    },
+    // Another workflow, or a change undone: new nodes, for which the page has the last results, as soon as it is done.
+    afterConfigureGraph() {
+        setTimeout(() => {
+            for (const node of app.canvas.graph.nodes) {
+                const { text, images } = app.nodeOutputs?.[node.id] ?? {};
+                if (node.comfyClass?.startsWith("LanceNative") && text && !images) texts.set(node, [String(node.id), text[0]]);
+            }
+            writeAgain();
+        });
+    },
+});
