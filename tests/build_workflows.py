@@ -133,7 +133,7 @@ BLUEPRINTS = {
 OUTSIDE = ["LoadImage", "LoadVideo", "SaveImage", "SaveVideo", "PreviewAny", "MarkdownNote"]
 PROMOTED = [
     ["LanceNativeSampler", "prompt"],
-    ["LanceNativeAsk", "question"],
+    ["PrimitiveStringMultiline", "value", "question"],
     ["LanceNativeEmptyLatent", "size"],
     ["LanceNativeEmptyLatent", "frames"],
     ["LanceNativeEmptyLatent", "batch_size"],
@@ -145,15 +145,26 @@ PROMOTED = [
     ["LanceNativeLoader", "vae_name"],
 ]
 CONVERT = """({outside, promoted, name, description}) => {
+    // Unpacked, a box sets its values by the number of the slot, and Ask has one picture less then: words come from a node.
+    const ask = app.graph._nodes.find(({type}) => type === "LanceNativeAsk");
+    if (ask) {
+        const words = LiteGraph.createNode("PrimitiveStringMultiline");
+        words.title = "Question";
+        words.pos = [40, ask.pos[1]];
+        words.setSize([345, 130]);
+        words.widgets[0].value = ask.widgets.find(({name}) => name === "question").value;
+        app.graph.add(words);
+        words.connect(0, ask, ask.inputs.findIndex(({name}) => name === "question"));
+    }
     const inner = app.graph._nodes.filter((node) => !outside.includes(node.type));
     const {subgraph, node} = app.graph.convertToSubgraph(new Set(inner));
     subgraph.name = node.title = name;
-    for (const [type, widget] of promoted) {
+    for (const [type, widget, label] of promoted) {
         const free = (input) => input.widget?.name === widget && input.link == null;
         const target = subgraph._nodes.find((one) => one.type === type && one.inputs.some(free));
         if (!target) continue;
         const slot = target.inputs.find(free);
-        subgraph.addInput(widget, slot.type).connect(slot, target);
+        subgraph.addInput(label ?? widget, slot.type).connect(slot, target);
     }
     node.pos = [80, 80];
     node.setSize([420, 360]);

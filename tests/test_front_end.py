@@ -71,7 +71,7 @@ GROW = """async ({pictures}) => {
 ASK_IN_A_BOX = """(question) => {
     const [box] = app.graph._nodes, ask = box.subgraph.nodes.find(({type}) => type === "LanceNativeAsk");
     const set = (node, name, value) => { node.widgets.find((widget) => widget.name === name).value = value; };
-    set(box, "question", question);
+    box.widgets.find(({name, label}) => [name, label].includes("question")).value = question;
     set(ask, "resolution", "image_256res");
     set(ask, "max_length", 12);
     const picture = LiteGraph.createNode("LoadImage");
@@ -223,10 +223,15 @@ def test_an_answer_is_there_again_after_another_workflow_and_after_undo(opened):
         page.wait_for_function(f"(text) => ({STANDING})().LanceNativeAsk === text", arg=expected, timeout=10_000)
 
 
+def need_page(page, lack):
+    version = page.evaluate("() => __COMFYUI_FRONTEND_VERSION__")
+    if [int(part) for part in version.split(".")[:2]] < [1, 57]:
+        pytest.skip(f"the page {version} {lack}")
+
+
 def test_a_box_shows_what_its_node_writes(opened):
     page, seed = opened
-    if (version := page.evaluate("() => __COMFYUI_FRONTEND_VERSION__.split('.').map(Number)")) < [1, 57]:
-        pytest.skip(f"the page {version} looks for no node inside a box")
+    need_page(page, "does not look for nodes inside a box")
     load_workflow(page, json.loads((ROOT / "subgraphs" / "Lance Ask Image.json").read_text("utf-8")))
     page.evaluate(ASK_IN_A_BOX, f"What is in box {seed}?")
     queue_and_wait(page)
@@ -236,6 +241,23 @@ def test_a_box_shows_what_its_node_writes(opened):
     page.evaluate(OPEN_BOX)
     page.wait_for_function(f"(text) => ({ON_SCREEN})().LanceNativeAsk === text", arg=answer, timeout=10_000)
     screenshot(page, kept(f"box opened {seed}.png"))
+
+
+def test_a_box_of_questions_can_be_unpacked(opened):
+    page, seed = opened
+    need_page(page, "loses a link behind a picture input that has grown")
+    load_workflow(page, json.loads((ROOT / "subgraphs" / "Lance Ask Image.json").read_text("utf-8")))
+    page.evaluate(ASK_IN_A_BOX, f"What comes out of box {seed}?")
+    page.evaluate("() => app.canvas.selectItems(app.graph._nodes.filter((node) => node.isSubgraphNode?.()))")
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Graph.UnpackSubgraph')")
+    page.wait_for_function("() => app.graph._nodes.length === 4")
+    sent = page.evaluate("async () => Object.values((await app.graphToPrompt()).output)")
+    (ask,) = (node["inputs"] for node in sent if node["class_type"] == "LanceNativeAsk")
+    (words,) = (node["inputs"] for node in sent if node["class_type"] == "PrimitiveStringMultiline")
+    assert words["value"] == f"What comes out of box {seed}?"
+    assert (type(ask["question"]), ask["resolution"], ask["max_length"]) == (list, "image_256res", 12)
+    queue_and_wait(page)
+    screenshot(page, kept(f"unpacked {seed}.png"))
 
 
 def test_the_page_loads_one_script_of_ours(server):
