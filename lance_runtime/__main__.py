@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .commands import COMMANDS
 from .files import NANO, VIT_CHOICES
 from .guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
 from .media import check_suffix, read_image, read_video, write_image, write_video
-from .memory import OFFLOAD_KINDS
+from .memory import OFFLOAD_KINDS, is_out_of_memory
 from .pipeline import LancePipeline, Output
 from .preprocess import presets
 from .prompts import TASKS, UNDERSTANDING_TASKS, UNSEEING_TASKS, VIDEO_TASKS
@@ -246,7 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         print(f"error: {str(error).splitlines()[0]} Add --offload layer, and --tiled-vae.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from .checkpoint import TensorFile
@@ -16,7 +15,7 @@ from .convert import convert, find_quantised
 from .denoise import flow_sigmas
 from .dequantize import plain_tensors
 from .files import VARIANT_FOLDERS, find_model, find_sources
-from .memory import checked_device
+from .memory import checked_device, is_out_of_memory
 from .pipeline import LancePipeline
 from .quant_error import Comparison, Settings, compare
 from .quant_formats import FORMATS
@@ -123,7 +122,9 @@ def run_quantize(arguments: Sequence[str]) -> str:
     result, notes = None, _without_tokenizer(options.output)
     try:
         result = None if options.no_measure else _measured(options, written)
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         notes.append(f"Not measured: {str(error).splitlines()[0]} Measure with --device cpu.")
     if options.report is not None:
         values = {"weights": written.errors, **({} if result is None else asdict(result))}

@@ -21,6 +21,11 @@ PINNING = ("cuda", "xpu")  # kinds of devices that read pinned memory by themsel
 MODULES_IN_FLIGHT = 2  # modules whose computing may be unfinished when further weights are copied
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had too little memory: every maker's says so in words alone."""
+    return any(said in str(error).lower() for said in ("out of memory", "not enough memory"))
+
+
 def check_offload(kind: str, compiled: bool = False) -> None:
     check_choice("offload", kind, OFFLOAD_KINDS)
     if compiled and kind == "layer":

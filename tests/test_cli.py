@@ -292,7 +292,7 @@ def test_too_little_memory_is_one_line_with_a_way_out(capsys, monkeypatch):
     import torch
 
     def out_of_memory(*_, **__):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nSee the documentation.")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nSee the documentation.")
 
     monkeypatch.setattr("lance_runtime.__main__.LancePipeline.from_pretrained", out_of_memory)
     assert "Tried to allocate 1 GiB. Add --offload layer" in failed(["t2i", "--prompt", "a"], capsys)

@@ -21,7 +21,7 @@ from lance_runtime.model.attention import sdpa, surely_fused, without_cudnn_atte
 HERE = Path(__file__).parent
 FILES = [*(HERE.parent / "lance_runtime").rglob("*.py"), *(HERE.parent / "nodes").rglob("*.py"), HERE.parent / "__init__.py"]
 # Functions that may ask what a maker's device can do.
-ASKERS = {"default_device", "default_dtype", "multiplies_in_parts", "without_cudnn_attention", "surely_fused"} | {
+ASKERS = {"default_device", "default_dtype", "multiplies_in_parts", "turn_off", "turn_back", "surely_fused"} | {
     "capture",
     "capture_stream",
 }

@@ -583,7 +583,7 @@ def test_what_cannot_be_measured_is_said_before_or_after_the_file_is_written(tmp
     asked = ["quantize", "--model", str(goldens.CHECKPOINT), "--output", str(tmp_path / "q.safetensors"), "--format", "fp8"]
 
     def out_of_memory(*_, **__):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
     monkeypatch.setattr(LancePipeline, "from_pretrained", out_of_memory)
     assert main([*asked, "--size", "64", "--steps", "2"]) == 0
