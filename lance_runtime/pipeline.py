@@ -189,11 +189,13 @@ class LancePipeline:
         ids: list[int] = []
         read = partial(self._questions.prefill, None, parts.engine)
         tokens = answer(parts.engine, layout(context), parts.tokenizer, request.max_new_tokens, request.sampling, read)
-        bring(parts.model)
-        while (token := next(tokens, None)) is not None:
+        while True:
+            bring(parts.model)  # for every token: the caller may have decoded a picture in between
+            token = next(tokens, None)
+            if token is None:
+                return
             ids.append(token)
             yield Token(token, parts.tokenizer.decode(ids))
-            bring(parts.model)  # again: the caller may have decoded a picture in between
 
     def context(self, request: Request) -> Context:
         """What the model has seen before it draws or answers; reads the sources with ViT and VAE."""

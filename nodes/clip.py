@@ -19,7 +19,7 @@ from ..lance_runtime.prompts import system_sentence
 from ..lance_runtime.tokenizer import LanceTokenizer
 from ..lance_runtime.types import TrainedSizes
 from .attention import comfy_attention
-from .pictures import AUTO, frames_of, preset_of
+from .pictures import AUTO, seen
 from .progress import with_prefill_progress
 from .recipe import CONDITIONING_KEY, Recipe
 from .vit import VisionTower
@@ -63,8 +63,7 @@ class LanceClipTokenizer:
     def _read(self, image: Tensor | None, video: Tensor | None) -> Iterator[Segment]:
         sources = [] if image is None else [one[None] for one in image]
         for source in [*sources, *([] if video is None else [video])]:
-            frames = frames_of(source, GENERATE_TEXT_FPS, self.sizes)
-            yield self.tower.encode(frames, preset_of(AUTO, source, self.sizes))
+            yield self.tower.encode(*seen(source, AUTO, self.sizes, GENERATE_TEXT_FPS))
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(token_ids)

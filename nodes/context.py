@@ -13,11 +13,10 @@ from .pictures import (
     SAMPLED,
     encode_source,
     fps_input,
-    frames_of,
     grid_of,
     normalised,
-    preset_of,
     resolution_input,
+    seen,
     sizes_of,
     source_input,
     source_latent,
@@ -50,8 +49,7 @@ class LanceNativeViTEncode(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, source: Any, resolution: str, fps: float) -> io.NodeOutput:
         lance = lance_of(clip)
-        frames = frames_of(source, fps, lance.sizes)
-        return io.NodeOutput(lance.tower.encode(frames, preset_of(resolution, source, lance.sizes)))
+        return io.NodeOutput(lance.tower.encode(*seen(source, resolution, lance.sizes, fps)))
 
 
 class LanceNativeVAEEncode(io.ComfyNode):
@@ -79,8 +77,7 @@ class LanceNativeVAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: Any, source: Any, resolution: str, fps: float) -> io.NodeOutput:
-        sizes = sizes_of(vae)
-        latent = encode_source(vae, frames_of(source, fps, sizes), preset_of(resolution, source, sizes))
+        latent = encode_source(vae, *seen(source, resolution, sizes_of(vae), fps))
         shape = grid_of(latent).pixels()
         return io.NodeOutput(latent, shape.width, shape.height, shape.frames)
 
@@ -165,9 +162,8 @@ def _segment(visual: Any, role: str) -> Segment:
 def _both_streams(clip: Any, vae: Any, source: Any, resolution: str, fps: float, role: Modality) -> list[Segment]:
     """A picture as the reference gives it to a task that draws: ViT tokens, then clean latents."""
     lance = lance_of(clip)
-    frames = frames_of(source, fps, lance.sizes)
-    preset = preset_of(resolution, source, lance.sizes)
-    return [lance.tower.encode(frames, preset), Segment.latents(normalised(encode_source(vae, frames, preset)), role)]
+    picture = seen(source, resolution, lance.sizes, fps)
+    return [lance.tower.encode(*picture), Segment.latents(normalised(encode_source(vae, *picture)), role)]
 
 
 class LanceNativeEdit(io.ComfyNode):

@@ -51,6 +51,11 @@ def preset_of(resolution: str, source: Any, sizes: TrainedSizes = LANCE_3B) -> s
     return resolution if resolution != AUTO else sizes.preset(video=is_video(source) or len(source) > 1)
 
 
+def seen(source: Any, resolution: str, sizes: TrainedSizes, fps: float = FPS) -> tuple[np.ndarray, str]:
+    """The frames that are seen of an IMAGE or VIDEO, and the preset that they are seen at."""
+    return frames_of(source, fps, sizes), preset_of(resolution, source, sizes)
+
+
 def sizes_of(vae: Any) -> TrainedSizes:
     """What the model that a VAE was loaded with was trained on (``mark_sizes``)."""
     return getattr(vae, "lance_sizes", LANCE_3B)

@@ -13,7 +13,7 @@ from ..lance_runtime.grounding import find_boxes
 from ..lance_runtime.preprocess import vit_area, vit_size
 from ..lance_runtime.prompts import enhancement, system_sentence
 from .clip import LanceTextModel, answer_of, lance_of
-from .pictures import AUTO, SAMPLED, frames_of, preset_of, resolution_input
+from .pictures import AUTO, SAMPLED, resolution_input, seen
 from .progress import node_of, say
 from .schema import CATEGORY, LanceContext, io
 
@@ -126,7 +126,7 @@ class LanceNativeAsk(io.ComfyNode):
             raise ValueError(
                 "Lance Ask has 0 pictures to describe; it needs 1 or more.\nConnect an image or a video, or write a question."
             )
-        pictures = _pictures(lance, sources, resolution)
+        pictures = [seen(source, resolution, lance.sizes) for source in sources]
         if context is None:
             task = "x2t_image" if video is None else "x2t_video"
             context = _seen(lance, pictures, system_sentence(task, asked=bool(question)))
@@ -134,11 +134,6 @@ class LanceNativeAsk(io.ComfyNode):
         answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls))
         boxes, mask = _boxes(lance, answer, pictures)
         return io.NodeOutput(answer, boxes, mask, ui={"text": [answer]})
-
-
-def _pictures(lance: LanceTextModel, sources: Iterable[Any], resolution: str) -> list[tuple[np.ndarray, str]]:
-    """The frames that are seen of each IMAGE or VIDEO, and the preset that they are seen at."""
-    return [(frames_of(one, sizes=lance.sizes), preset_of(resolution, one, lance.sizes)) for one in sources]
 
 
 def _seen(lance: LanceTextModel, pictures: Iterable[tuple[np.ndarray, str]], system: str) -> Context:
@@ -203,7 +198,7 @@ class LanceNativeEnhancePrompt(io.ComfyNode):
         if image is None and not prompt.strip():
             raise ValueError("Lance Enhance Prompt has 0 words to rewrite; it needs 1 or more.\nWrite what to draw.")
         lance = lance_of(clip)
-        pictures = _pictures(lance, [] if image is None else [image[:1]], AUTO)
+        pictures = [] if image is None else [seen(image[:1], AUTO, lance.sizes)]
         context = _seen(lance, pictures, system_sentence("x2t_image", asked=True))
         asked = question_context(lance.tokenizer, context, enhancement(style, prompt))
         answer = speak(clip, asked, max_length, Sampling(temperature, top_p, seed), node_of(cls))

@@ -241,16 +241,9 @@ def types_on_windows(nodes: Any) -> dict:
     for plain in (False, True):
         patcher = load(str(Path(sys.argv[3], "Lance_3B", "model.safetensors")), tokenizer, "fp8_e4m3fn", disable_dynamic=plain)
         management.load_models_gpu([patcher])
-        network = patcher.model.diffusion_model
-        layers = set(network.language_model.model.layers.modules())
-        found: dict[str, set[str]] = {"matrices": set(), "others": set()}
-        for module in network.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                matrix = name == "weight" and module in layers and isinstance(module, torch.nn.Linear)
-                # The dynamic management casts to this type what it brings to the card.
-                dtype = parameter.dtype if plain else getattr(module, f"{name}_comfy_model_dtype")
-                found["matrices" if matrix else "others"].add(str(dtype))
-        report["plain" if plain else "dynamic"] = {what: sorted(types) for what, types in found.items()}
+        # The dynamic management casts to its type what it brings to the card.
+        late = {} if plain else {"dtype_of": lambda module, name: getattr(module, f"{name}_comfy_model_dtype")}
+        report["plain" if plain else "dynamic"] = runs.types_of(patcher.model.diffusion_model, **late)
     del kept
     return report
 

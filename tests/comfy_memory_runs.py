@@ -555,6 +555,19 @@ def growth(nodes: Any) -> dict:
     return {"a run": (sizes[-1] - sizes[9]) / 20, "kept": kept()}
 
 
+def types_of(
+    network: torch.nn.Module, dtype_of: Any = lambda module, name: getattr(module, name).dtype
+) -> dict[str, list[str]]:
+    """The types of the layers' matrices, and of all other parameters."""
+    layers = set(network.language_model.model.layers.modules())
+    found: dict[str, set[str]] = {"matrices": set(), "others": set()}
+    for module in network.modules():
+        for name, _ in module.named_parameters(recurse=False):
+            matrix = name == "weight" and module in layers and isinstance(module, torch.nn.Linear)
+            found["matrices" if matrix else "others"].add(str(dtype_of(module, name)))
+    return {what: sorted(types) for what, types in found.items()}
+
+
 def main(functions: dict[str, Any]) -> None:
     """Run the one that the command line names, and print what it reports."""
     what, pack, tree = sys.argv[1:]

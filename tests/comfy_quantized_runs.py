@@ -150,12 +150,8 @@ def types(nodes: Any) -> dict:
     path = str(Path(sys.argv[3], "Decoded", "model.safetensors"))
     tokenizer = runs.Graph(nodes, "Decoded/model.safetensors").model.model.tokenizer
     network = load(path, tokenizer, "fp8_e4m3fn").model.diffusion_model
-    layers = network.language_model.model.layers
-    matrices = {id(layer.weight) for layer in layers.modules() if isinstance(layer, torch.nn.Linear)}
-    parameters = list(network.parameters())
-    report["matrices"] = sorted({str(p.dtype) for p in parameters if id(p) in matrices})
-    report["others"] = sorted({str(p.dtype) for p in parameters if id(p) not in matrices})
-    report["operations"] = type(layers[0].mlp.up_proj).__qualname__
+    report |= runs.types_of(network)
+    report["operations"] = type(network.language_model.model.layers[0].mlp.up_proj).__qualname__
     runs.args.fp16_unet = True
     model = load(path, tokenizer).model
     report["float16 wished"] = str(model.get_dtype())

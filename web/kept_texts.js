@@ -20,12 +20,21 @@ function holdersOf(id) {
     return holders[0]?.[0].comfyClass?.startsWith("LanceNative") ? holders : [];
 }
 
-// The page looks for the node in the graph on screen alone: another workflow's may have the same number there. Inside a box
-// that is open, pages before 1.57 stumble over the number.
+function keep(id, text) {
+    const holders = holdersOf(id);
+    for (const [node, path] of holders) texts.set(node, [path, text]);
+    return holders;
+}
+
+// Inside a box that is open, pages before 1.57 stumble over the number.
+function finds(nodeId) {
+    const [major, minor] = window.__COMFYUI_FRONTEND_VERSION__.split(".").map(Number);
+    return major > 1 || minor >= 57 || !nodeId.includes(":");
+}
+
+// The page looks for the node in the graph on screen alone: another workflow's may have the same number there.
 function write(node, nodeId, text) {
-    const minor = Number(window.__COMFYUI_FRONTEND_VERSION__?.split(".")[1] ?? 57);
-    if (node.graph === app.canvas.graph && (minor >= 57 || !nodeId.includes(":")))
-        api.dispatchCustomEvent("progress_text", { nodeId, text });
+    if (node.graph === app.canvas.graph && finds(nodeId)) api.dispatchCustomEvent("progress_text", { nodeId, text });
 }
 
 function writeAgain() {
@@ -33,21 +42,14 @@ function writeAgain() {
 }
 
 api.addEventListener("progress_text", ({ detail: { nodeId, text } }) => {
-    const [own, ...boxes] = holdersOf(nodeId);
-    if (own) texts.set(own[0], [own[1], text]);
-    for (const [box, path] of boxes) {
-        texts.set(box, [path, text]);
-        write(box, path, text);
-    }
+    const [, ...boxes] = keep(nodeId, text); // the page has written into the node itself
+    for (const [box, path] of boxes) write(box, path, text);
 });
 
 api.addEventListener("executed", ({ detail }) => {
     const { text, images } = detail?.output ?? {}, nodeId = detail?.display_node ?? detail?.node;
     if (text && !images) // the inspector's words are in its picture
-        for (const [node, path] of holdersOf(nodeId)) {
-            texts.set(node, [path, text[0]]);
-            write(node, path, text[0]);
-        }
+        for (const [node, path] of keep(nodeId, text[0])) write(node, path, text[0]);
 });
 
 for (const end of ENDS) api.addEventListener(end, () => setTimeout(writeAgain)); // after the page's own
@@ -55,8 +57,7 @@ for (const end of ENDS) api.addEventListener(end, () => setTimeout(writeAgain));
 app.registerExtension({
     name: "LanceNative.KeptTexts",
     setup() {
-        for (const turn of ["subgraph-opened", "subgraph-converted"])
-            app.canvas.canvas.addEventListener(turn, () => setTimeout(writeAgain));
+        app.canvas.canvas.addEventListener("subgraph-opened", () => setTimeout(writeAgain));
     },
     // Another workflow, or a change undone: new nodes, for which the page has the last results, as soon as it is done.
     afterConfigureGraph() {
