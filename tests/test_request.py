@@ -475,3 +475,10 @@ def test_a_task_of_the_other_checkpoint_is_noted(image_pipe, caplog):
     with caplog.at_level(logging.WARNING, "lance"):
         image_pipe.request("t2v", "a cat", height=64, width=64, num_frames=5)
     assert "video checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize(("task", "more"), [("t2i", {"steps": 1}), ("x2t_image", {"temperature": 1.0, "max_new_tokens": 4})])
+def test_a_seed_may_be_numpys(image_pipe, task, more):
+    found, expected = (image_pipe(**tasks.arguments(task) | more | {"seed": seed}) for seed in (np.int64(3), 3))
+    assert found.token_ids == expected.token_ids
+    assert found.latents is None or torch.equal(found.latents, expected.latents)
