@@ -236,8 +236,8 @@ def check_is_lance(file: TensorFile) -> None:
         )
 
 
-# What ``convert`` reads, as ``identify`` names it.
-CONVERTIBLE = ("an AWQ-INT4", "an NVFP4")
+# What ``convert`` reads, and the VAE, as ``identify`` names them.
+CONVERTIBLE, WAN_22 = ("an AWQ-INT4", "an NVFP4"), "a Wan 2.2 VAE"
 
 
 def identify(file: TensorFile) -> str:
@@ -267,7 +267,7 @@ def _identify_conversion(file: TensorFile, generates: bool) -> str | None:
 def _identify_other(file: TensorFile) -> str:
     if "decoder.conv1.weight" in file and "encoder.conv1.weight" in file:
         channels = file.shapes["decoder.conv1.weight"][1]
-        return "a Wan 2.2 VAE" if channels == 48 else f"a VAE of {channels} channels (Wan 2.1's has 16)"
+        return WAN_22 if channels == 48 else f"a VAE of {channels} channels (Wan 2.1's has 16)"
     if any(name.startswith(("visual.", "model.visual.")) for name in file):
         return "a plain Qwen2.5-VL (no generation expert)"
     if "patch_embed.proj.weight" in file:

@@ -13,8 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .checkpoint import HUB
-from .files import MODEL_HOMES, MODEL_NAMES, VAE_HOMES, VAE_NAMES, VARIANT_FOLDERS, VIT_FOLDER, VIT_HOMES, VIT_NAME
+from .checkpoint import HUB, WAN_22, identify
+from .files import (
+    FLAT_NAMES,
+    MODEL_HOMES,
+    MODEL_NAMES,
+    VAE_HOMES,
+    VAE_NAMES,
+    VARIANT_FOLDERS,
+    VIT_FOLDER,
+    VIT_HOMES,
+    VIT_NAME,
+    whole_files,
+)
 
 REPOSITORY = HUB.split()[0]
 VAE_NAME = VAE_NAMES[0]
@@ -42,7 +53,21 @@ class HubFile:
     digest: str
 
     def target(self, models: Path) -> Path:
-        return models / HOMES[self.name.split("/")[0]] / self.name
+        return self.home(models) / self.name
+
+    def home(self, models: Path) -> Path:
+        return models / HOMES[self.name.split("/")[0]]
+
+    def present(self, models: Path) -> Path | None:
+        """Where it lies already: in its place, or beside that under the name that ComfyUI's page saves it under."""
+        home = self.home(models)
+        flat = [home / name for name, place in FLAT_NAMES[home.name].items() if place == self.name and (home / name).is_file()]
+        saved = [path for path in flat if path.stat().st_size == self.size or self.is_served_by(path)]
+        return next((path for path in (self.target(models), *saved) if path.is_file()), None)
+
+    def is_served_by(self, path: Path) -> bool:
+        """Whether it is the VAE, and the path ComfyUI's own file of that: the same numbers in another kind of file."""
+        return self.name == VAE_NAME and any(identify(file) == WAN_22 for file in whole_files([path]))
 
     def part(self, models: Path) -> Path:
         """Where an unfinished download waits; bound to the content, so that two versions never mix."""
@@ -65,7 +90,7 @@ class Plan:
     files: tuple[HubFile, ...]
 
     def missing(self) -> list[HubFile]:
-        return [file for file in self.files if not file.target(self.models).is_file()]
+        return [file for file in self.files if file.present(self.models) is None]
 
     def needed(self) -> int:
         """Bytes that the disk must still take; what was fetched before an interruption lies there already."""
@@ -75,9 +100,9 @@ class Plan:
         """The list of files and the sum, for people."""
         missing = self.missing()
         for file in self.files:
-            there, begun = file not in missing, _fetched(file.part(self.models))
-            note = "  is there" if there else f"  {readable(begun)} are there" if begun else ""
-            yield f"  {readable(file.size):>9}  {file.target(self.models).relative_to(self.models).as_posix()}{note}"
+            place, begun = file.present(self.models) or file.target(self.models), _fetched(file.part(self.models))
+            note = "  is there" if file not in missing else f"  {readable(begun)} are there" if begun else ""
+            yield f"  {readable(file.size):>9}  {place.relative_to(self.models).as_posix()}{note}"
         free = shutil.disk_usage(self.models).free
         yield f"{readable(self.needed())} to fetch into {self.models}, where {readable(free)} are free."
 
@@ -141,10 +166,10 @@ def download(plan: Plan, hub: Hub, say: Say) -> None:
             "Make room, or name a folder on another disk (ComfyUI's extra_model_paths.yaml can point there): --to FOLDER"
         )
     for file in plan.files:
-        if file.target(plan.models).is_file():
-            _check_present(file, file.target(plan.models), say)
-        else:
+        if (place := file.present(plan.models)) is None:
             _obtain(file, plan.models, hub, say)
+        elif not file.is_served_by(place):
+            _check_present(file, place, say)
 
 
 def models_around(file: Path) -> Path | None:

@@ -11,7 +11,17 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
-from .checkpoint import ANY_VARIANT, HUB, QUANT_HEADER, TensorFile, check_is_lance, guess_variant, has_own_vit, identify
+from .checkpoint import (
+    ANY_VARIANT,
+    HUB,
+    QUANT_HEADER,
+    WAN_22,
+    TensorFile,
+    check_is_lance,
+    guess_variant,
+    has_own_vit,
+    identify,
+)
 from .config import LanceConfig, VisionConfig
 from .dequantize import plain_tensors
 from .tokenizer import LanceTokenizer
@@ -22,6 +32,13 @@ VARIANT_FOLDERS = {"image": "Lance_3B", "video": "Lance_3B_Video"}
 MODEL_NAMES = ("model.safetensors", "ema.safetensors")
 VIT_FOLDER, VIT_NAME = "Qwen2.5-VL-ViT", "vit.safetensors"
 VAE_NAMES = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "wan2.2_vae.safetensors")
+# The hub's files under flat names, by ComfyUI's folders: workflows use them, and the page saves what it fetches so. They are
+# the same on every system (Windows lists "Lance_3B\model.safetensors", which a graph from elsewhere does not match).
+FLAT_NAMES = {
+    "diffusion_models": {f"{hub}.safetensors": f"{hub}/{MODEL_NAMES[0]}" for hub in VARIANT_FOLDERS.values()},
+    "text_encoders": {"qwen2.5_vl_vit.safetensors": f"{VIT_FOLDER}/{VIT_NAME}"},
+    "vae": {VAE_NAMES[2]: VAE_NAMES[0]},
+}
 # A small Lance that comes with the code: it knows plain shapes and colours (tests/nano).
 NANO = Path(__file__).with_name("nano")
 VIT_CHOICES = ("auto", "checkpoint", "standalone", "none")
@@ -99,14 +116,18 @@ def read_vision_config(file: TensorFile | None, config_file: Path) -> VisionConf
 
 
 def read_tokenizer(file: TensorFile) -> LanceTokenizer:
-    """From the header's metadata, from the files beside the checkpoint, or from those of the ComfyUI around it."""
+    """From the header's metadata, from the files beside the checkpoint, or from those of the ComfyUI around it.
+
+    Beside a checkpoint that the page saved as Lance_3B.safetensors they are in the folder Lance_3B/.
+    """
     if found := LanceTokenizer.from_metadata(file.metadata):
         return found
     try:
         return LanceTokenizer.from_folder(file.path.parent)
     except FileNotFoundError:
         around = (parent / COMFYUI_TOKENIZER for parent in file.path.absolute().parents)
-        if (folder := next((place for place in around if place.is_dir()), None)) is None:
+        places = (file.path.with_suffix(""), *around)
+        if (folder := next((place for place in places if place.is_dir()), None)) is None:
             raise
         return LanceTokenizer.from_folder(folder)
 
@@ -179,7 +200,7 @@ def _find_vit_config(homes: list[Path]) -> Path:
 
 def _find_vae(homes: list[Path]) -> Path:
     tried = [homes[0] / name for name in VAE_NAMES]
-    return _find(homes, VAE_HOMES, VAE_NAMES, "a Wan 2.2 VAE") or _missing("The Wan 2.2 VAE", tried, homes[0], VAE_HOMES)
+    return _find(homes, VAE_HOMES, VAE_NAMES, WAN_22) or _missing("The Wan 2.2 VAE", tried, homes[0], VAE_HOMES)
 
 
 def _find(homes: list[Path], within: tuple[str, ...], names: tuple[str, ...], what: str) -> Path | None:

@@ -2,7 +2,7 @@
 
 import folder_paths
 
-from ..lance_runtime.files import NANO, VAE_NAMES, VARIANT_FOLDERS
+from ..lance_runtime.files import FLAT_NAMES, NANO, VAE_NAMES, VARIANT_FOLDERS
 
 # Last in the combos: whoever has weights of the real size gets those by default.
 NANO_CHOICE = "Lance Nano (built in)"
@@ -11,22 +11,11 @@ NANO_FILES = {
     "vae": NANO / VAE_NAMES[1],
 }
 
-# A flat name is the same on every system (Windows lists "Lance_3B\\model.safetensors", and a graph from elsewhere does not
-# match), and ComfyUI's dialog for missing models can save under it. Each stands for the hub's file where that is there.
-HUB_TREE = {
-    "diffusion_models": {
-        "Lance_3B.safetensors": "Lance_3B/model.safetensors",
-        "Lance_3B_Video.safetensors": "Lance_3B_Video/model.safetensors",
-    },
-    "text_encoders": {"qwen2.5_vl_vit.safetensors": "Qwen2.5-VL-ViT/vit.safetensors"},
-    "vae": {"wan2.2_vae.safetensors": "Wan2.2_VAE.pth"},
-}
-
 
 def model_files(folder: str) -> list[str]:
     """What ComfyUI lists in a folder, and before it the workflows' names of files of the hub's tree; Nano is the last."""
     names = folder_paths.get_filename_list(folder)
-    tree = [name for name in HUB_TREE[folder] if name not in names and _in_tree(folder, name)]
+    tree = [name for name in FLAT_NAMES[folder] if name not in names and _in_tree(folder, name)]
     return [*tree, *names, *([NANO_CHOICE] if folder in NANO_FILES else [])]
 
 
@@ -40,6 +29,6 @@ def model_path(folder: str, name: str) -> str:
 
 def _in_tree(folder: str, name: str) -> str | None:
     """ComfyUI's name of the hub's file, which may lie some folders deeper (models/diffusion_models/Lance/Lance_3B/...)."""
-    place = HUB_TREE[folder].get(name)
+    place = FLAT_NAMES[folder].get(name)
     listed = folder_paths.get_filename_list(folder) if place else ()
     return next((found for found in listed if f"/{found}".replace("\\", "/").endswith(f"/{place}")), None)

@@ -10,9 +10,8 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..lance_runtime.checkpoint import HUB, TensorFile, identify
+from ..lance_runtime.checkpoint import HUB, WAN_22, TensorFile, identify
 
-WAN_22 = "a Wan 2.2 VAE"
 WIDTHS = (160, 256)
 SHAPE = {"z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
 

@@ -11,13 +11,15 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from goldens import CHECKPOINT
 from hub_server import serve
+from safetensors.torch import save_file
 
 from lance_runtime.__main__ import main
 from lance_runtime.commands import download_parser
 from lance_runtime.download import Hub, download, make_plan, models_around, readable
-from lance_runtime.files import find_sources
+from lance_runtime.files import VARIANT_FOLDERS, find_sources
 
 pytest.importorskip("huggingface_hub")
 
@@ -122,6 +124,57 @@ def test_complete_files_are_checked_and_not_fetched_again(hub, models):
     assert f"checking {MODEL}" in said
     fetch(hub, models, "all")  # the video checkpoint joins the rest
     assert {sent.name.split("/")[0] for sent in hub.sent} == {"Lance_3B_Video"}
+
+
+PAGE_NAMES = {  # what a template's list of missing models saves the hub's files as
+    MODEL: "diffusion_models/Lance_3B.safetensors",
+    "Lance_3B_Video/model.safetensors": "diffusion_models/Lance_3B_Video.safetensors",
+    VIT: "text_encoders/qwen2.5_vl_vit.safetensors",
+}
+
+
+def save_as_the_page_does(tree, models):
+    for name, place in PAGE_NAMES.items():
+        (models / place).parent.mkdir(exist_ok=True)
+        shutil.copy(tree / name, models / place)
+
+
+def test_what_the_page_saved_is_not_fetched_again(hub, models, tree, tmp_path):
+    save_as_the_page_does(tree, models)
+    said = fetch(hub, models, "all")
+    assert not set(PAGE_NAMES) & {sent.name for sent in hub.sent}
+    assert any(line.endswith("diffusion_models/Lance_3B.safetensors  is there") for line in said)
+    assert f"checking {MODEL}" in said
+    for variant in ("image", "video"):  # with the small files that the page did not bring
+        sources = find_sources(models, variant)
+        assert sources.model.path == models / "diffusion_models" / f"{VARIANT_FOLDERS[variant]}.safetensors"
+        assert sources.tokenizer.encode("a fox") == find_sources(tree, variant).tokenizer.encode("a fox")
+
+
+def test_what_the_page_saved_damaged_is_named(hub, models, tree):
+    save_as_the_page_does(tree, models)
+    place = models / PAGE_NAMES[MODEL]
+    place.write_bytes(bytes(place.stat().st_size))
+    with pytest.raises(ValueError, match=r"diffusion_models.Lance_3B\.safetensors has the hash"):
+        fetch(hub, models)
+
+
+def test_another_file_under_the_pages_name_is_left_alone(hub, models):
+    place = models / PAGE_NAMES[MODEL]
+    place.parent.mkdir()
+    place.write_bytes(b"quantised, say")
+    fetch(hub, models)
+    assert (models / "diffusion_models" / MODEL).is_file()
+    assert place.read_bytes() == b"quantised, say"
+
+
+def test_comfyuis_own_file_of_the_vae_serves(hub, models, tree):
+    place = models / "vae" / "wan2.2_vae.safetensors"
+    place.parent.mkdir()
+    save_file(torch.load(tree / VAE), place)
+    fetch(hub, models)
+    assert VAE not in {sent.name for sent in hub.sent}
+    assert find_sources(models, "image").vae == place
 
 
 def test_a_dropped_connection_goes_on_where_it_broke(large_hub, models):
