@@ -112,10 +112,10 @@ class Bench:
                 stream.write(json.dumps({"bench": name, **known, **rounded}) + "\n")
 
     def timed(self, run: Callable[[], object]) -> float:
-        self._wait()
+        self.wait()
         start = time.perf_counter()
         run()
-        self._wait()
+        self.wait()
         return time.perf_counter() - start
 
     def median(self, run: Callable[[], object]) -> tuple[float, int]:
@@ -132,7 +132,7 @@ class Bench:
             return torch.cuda.max_memory_allocated(self.device)
         return process_peak_bytes()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 

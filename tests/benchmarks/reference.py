@@ -1,4 +1,4 @@
-"""A guided denoising step of ours against the reference implementation's, on the CPU, with the same random weights.
+"""A guided denoising step of ours against the reference implementation's, with the same random weights.
 
 Theirs is its own sampling function on its key-value cache, unchanged: a hook at the start of each of its steps stops its
 clock and lets our loop take one step, so that the two take turns in one run. A step is both guidance branches, guidance
@@ -58,7 +58,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
     add("--repeats", type=int, default=10, help="turns, of which the median is taken (default: 10)")
     add("--record", metavar="MACHINE", help="also append the result to results.jsonl, under this name of the machine")
-    parser.set_defaults(device="cpu", edit=False, compile=False, cuda_graphs=False)
+    add("--device", default="cpu")
+    add("--compile", action="store_true", help="our layers through torch.compile; the reference stays as it is")
+    add("--cuda-graphs", action="store_true", help="our steps as CUDA graphs; the reference stays as it is")
+    parser.set_defaults(edit=False)
     options = parser.parse_args(argv)
     if options.hidden % 128:
         parser.error(f"--hidden {options.hidden} is not a multiple of 128, the width of a head")
@@ -139,29 +142,29 @@ def load_reference(folder: Path, config: LanceConfig, vision: VisionTokens, targ
     found = model.load_state_dict(own.state_dict(), strict=False, assign=True)
     if found.unexpected_keys or found.missing_keys != ["latent_pos_embed.pos_embed"]:
         raise SystemExit(f"The weights do not fit the reference: {found}.\nCheck out its commit {COMMIT}.")
-    return model.to(dtype).eval()  # as inference_lance.py does: with the rotary frequencies
+    return model.to(own.llm2vae.weight.device, dtype).eval()  # as inference_lance.py does: with the rotary frequencies
 
 
-def arguments(sequence: Layout, options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+def arguments(sequence: Layout, options: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     """What their sampling function takes for one picture or clip from text."""
-    ids, grid = sequence.input_ids, sequence.target.segment.grid
+    ids, grid = sequence.input_ids.to(bench.device), sequence.target.segment.grid
     latent = ids == sequence.vision.pad
     places = dict.fromkeys(("val_packed_vae_token_indexes", "val_mse_loss_indexes"), latent.nonzero().flatten())
     guidance = {"timestep_shift": SHIFT, "cfg_text_scale": SCALE, "cfg_interval": (0, 1), "validation_noise_seed": SEED}
-    common = {"apply_qwen_2_5_vl_pos_emb": True, "device": ids.device, "dtype": dtype}
+    common = {"apply_qwen_2_5_vl_pos_emb": True, "device": bench.device, "dtype": bench.dtype}
     return {
         **dict.fromkeys(("val_packed_vit_tokens", "val_packed_vit_token_indexes")),
         "val_packed_text_ids": ids,
         "val_packed_text_indexes": (~latent).nonzero().flatten(),
-        "val_packed_position_ids": torch.arange(len(ids)),
+        "val_packed_position_ids": torch.arange(len(ids), device=bench.device),
         "val_sample_lens": [len(ids)],
         "val_sample_N_target": [1],
         "val_split_lens": sequence.split_lens,
         "val_attn_modes": sequence.attn_modes,
-        "video_grid_thw": [torch.tensor([[grid.frames, 2 * grid.height, 2 * grid.width]])],
+        "video_grid_thw": [torch.tensor([[grid.frames, 2 * grid.height, 2 * grid.width]], device=bench.device)],
         "video_sizes": [(options.frames, options.height, options.width)],
         "sample_task": torch.zeros_like(ids),
-        "sample_modality": sequence.modality,
+        "sample_modality": sequence.modality.to(bench.device),
         **(places | guidance | common),
     }
 
@@ -185,11 +188,12 @@ class Launches(TorchDispatchMode):
 class Race:
     """Both models on one noise: their velocities, and the seconds of their steps in turns."""
 
-    def __init__(self, engine: Engine, branches: list[Branch], reference: Any, request: dict[str, Any], grid: LatentShape):
-        self.engine, self.branches, self.reference, self.request = engine, branches, reference, request
+    def __init__(self, bench: Bench, engine: Engine, branches: list[Branch], reference: Any, request: dict[str, Any]):
+        self.bench, self.engine, self.branches, self.reference, self.request = bench, engine, branches, reference, request
+        grid = branches[0].layout.target.segment.grid
         # What their function draws; in bfloat16 other numbers than in float32.
-        generator = torch.Generator().manual_seed(SEED)
-        rows = torch.randn(grid.tokens, engine.model.config.latent_channels, generator=generator, dtype=engine.dtype)
+        generator, like = torch.Generator(bench.device).manual_seed(SEED), {"dtype": bench.dtype, "device": bench.device}
+        rows = torch.randn(grid.tokens, engine.model.config.latent_channels, generator=generator, **like)
         self.noise = rows.T.reshape(1, -1, *grid)
 
     def difference(self) -> float:
@@ -198,15 +202,17 @@ class Race:
         handle = self.reference.llm2vae.register_forward_hook(lambda *call: found.append(call[-1][1:-1]))
         self._sample(steps=1)
         handle.remove()
-        latents, times = self.noise.repeat(2, 1, 1, 1, 1), torch.ones(2, self.noise.shape[2])
+        latents, times = self.noise.repeat(2, 1, 1, 1, 1), self.noise.new_ones(2, self.noise.shape[2], dtype=torch.float32)
         own = predict_velocity(self.engine, latents, times, self.branches).flatten(2).transpose(1, 2)
         return (own.float() - torch.stack(found).float()).abs().max().item()
 
     def launches(self) -> tuple[int, int]:
         """Of one guided step, ours and theirs."""
         marks: list[int] = []
+        steps = self._steps(turns=2)
+        next(steps)  # reads the prompts, too
         with Launches() as own:
-            next(self._steps(turns=1))
+            next(steps)
         with Launches() as theirs:
             handle = self.reference.time_embedder.register_forward_pre_hook(lambda *_: marks.append(theirs.count))
             self._sample(steps=4)
@@ -227,25 +233,29 @@ class Race:
         def at_start(*_: Any) -> None:
             """Before their time embedding, which is the first thing in a step; its first call belongs to the prefill."""
             nonlocal begun, last
-            stopped = time.perf_counter()
+            stopped = self._now()
             if begun is not None:
                 theirs.append(stopped - begun)
-                with torch.autocast("cpu", enabled=False):
-                    start = time.perf_counter()
+                with torch.autocast(self.bench.device.type, enabled=False):
+                    start = self._now()
                     last = next(steps).latents
-                    own.append(time.perf_counter() - start)
-            begun = time.perf_counter()
+                    own.append(self._now() - start)
+            begun = self._now()
 
         handle = self.reference.time_embedder.register_forward_pre_hook(at_start)
         latents = self._sample(turns + 1)
-        theirs.append(time.perf_counter() - begun)
+        theirs.append(self._now() - begun)
         handle.remove()
         difference = (last[0].float() - latents.float()).abs().max().item()
         return list(zip(own, theirs[1:], strict=True))[1:], difference
 
+    def _now(self) -> float:
+        self.bench.wait()
+        return time.perf_counter()
+
     def _sample(self, steps: int) -> Tensor:
         """Their latents (C, T, H, W) after some steps; in bfloat16 they count on autocast, which ours has no need of."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.engine.dtype == torch.bfloat16):
+        with torch.autocast(self.bench.device.type, torch.bfloat16, enabled=self.engine.dtype == torch.bfloat16):
             return self.reference.validation_gen_KVcache(**self.request, num_timesteps=steps)[0][0].permute(3, 0, 1, 2)
 
 
@@ -257,11 +267,14 @@ def prepare(options: argparse.Namespace, bench: Bench) -> Race:
     config = replace(text, vocab_size=text.vocab_size + 3)
     model = build_lance(config)
     assign(model, random_weights(model), bench.dtype, bench.device)
+    if options.compile:
+        model.compile_layers()
     context = replace(make_context(options, text, target), vision=vision)
-    engine, sequence = Engine(model, bench.dtype, bench.device), layout(context, target)
+    engine = Engine(model, bench.dtype, bench.device, cuda_graphs=options.cuda_graphs)
+    sequence = layout(context, target)
     branches = [branch(engine, each) for each in (sequence, unconditional_layout(context, target, "cached"))]
     reference = load_reference(options.reference, config, vision, target, model)
-    return Race(engine, branches, reference, arguments(sequence, options, bench.dtype), target)
+    return Race(bench, engine, branches, reference, arguments(sequence, options, bench))
 
 
 @torch.no_grad()
@@ -276,7 +289,7 @@ def main() -> None:
     if not difference < allowed:
         raise SystemExit(f"The velocities differ by {difference:.3g} of {allowed} allowed.\nTheir times cannot be compared.")
     pairs, last = race.run(options.repeats)
-    own_launches, their_launches = race.launches()
+    own_launches, their_launches = (None, None) if options.compile else race.launches()
     ratios = [theirs / own for own, theirs in pairs]
     bench.emit(
         "step_against_reference",
