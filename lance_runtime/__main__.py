@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import TensorFile
 from .commands import COMMANDS
-from .files import NANO, VIT_CHOICES
+from .files import NANO, VIT_CHOICES, find_model, read_config
 from .guidance import RENORM_KINDS, UNCOND_POSITIONS, Guidance
 from .media import check_suffix, read_image, read_video, write_image, write_video
 from .memory import OFFLOAD_KINDS, is_out_of_memory
@@ -158,8 +159,8 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, default=1.0, help="share of probability to sample from (default: %(default)s)")
 
 
-def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The pipeline's arguments from the command line's."""
+def arguments_of(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """The pipeline's arguments from the command line's. seconds: the longest video that the model sees whole."""
     arguments: dict[str, Any] = {
         "images": [read_image(path) for path in options.image],
         "guidance": Guidance(
@@ -176,15 +177,16 @@ def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
     same += " temperature top_p"
     arguments.update({name: getattr(options, name) for name in same.split()})
     if options.video is not None:
-        arguments["video"], arguments["fps"] = read_video(options.video), VIDEO_FPS
+        arguments["video"], arguments["fps"] = read_video(options.video, seconds), VIDEO_FPS
     return arguments
 
 
 def run(options: argparse.Namespace) -> str:
     """Do the task and write its file; returns the line to print."""
     output = output_of(options)
-    arguments = arguments_of(options)
     variant = options.variant or ("video" if options.task in VIDEO_TASKS else "image")
+    sizes = read_config(TensorFile(find_model(options.model, variant))).sizes
+    arguments = arguments_of(options, sizes.seconds)  # sources are refused before the weights are read
     dtype = DTYPES.get(options.dtype)
     pipe = LancePipeline.from_pretrained(
         options.model,
@@ -211,6 +213,8 @@ def run(options: argparse.Namespace) -> str:
 
 def output_of(options: argparse.Namespace) -> Path | None:
     """The file to write, None for an answer that is only printed; refused before anything is computed."""
+    if options.output is not None and options.output.is_dir():
+        raise ValueError(f"{options.output} is a folder.\nName a file in it.")
     if options.task in UNDERSTANDING_TASKS:
         return options.output
     video = options.task in VIDEO_TASKS

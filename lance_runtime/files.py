@@ -174,7 +174,8 @@ def find_model(path: Path, variant: str) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.\nGive the folder that holds {VARIANT_FOLDERS[variant]}/ ({HUB}).")
+        remedy = f"Give the folder that holds {VARIANT_FOLDERS[variant]}/. To fetch {HUB}: python -m lance_runtime download"
+        raise FileNotFoundError(f"{path} does not exist.\n{remedy}")
     home, hub = _home(path), VARIANT_FOLDERS[variant]
     folders = (home, *(home / name for name in MODEL_HOMES))
     fixed = [folder / hub / name for folder in folders for name in MODEL_NAMES]

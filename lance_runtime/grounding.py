@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from .preprocess import Area, Size
@@ -10,7 +11,7 @@ NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 BOX = re.compile(
     rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]|<\|box_start\|>\({NUMBER},{NUMBER}\),\({NUMBER},{NUMBER}\)<\|box_end\|>"
 )
-LABEL = re.compile(r'"label"\s*:\s*"([^"]*)"')
+LABEL = re.compile(r'"label"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
 def find_boxes(answer: str, seen: Size, area: Area, picture: Size) -> list[dict]:
@@ -25,10 +26,19 @@ def find_boxes(answer: str, seen: Size, area: Area, picture: Size) -> list[dict]
         horizontal = _span((left, right), area.width / seen[1], area.left, picture[1])
         vertical = _span((top, bottom), area.height / seen[0], area.top, picture[0])
         if horizontal[1] > 0 and vertical[1] > 0:
-            label = LABEL.search(answer, match.end(), answer.find("}", match.end()) + 1 or len(answer))
             box = {"x": horizontal[0], "y": vertical[0], "width": horizontal[1], "height": vertical[1]}
-            boxes.append({**box, "label": label.group(1) if label else ""})
+            boxes.append({**box, "label": _label(answer, match)})
     return boxes
+
+
+def _label(answer: str, box: re.Match[str]) -> str:
+    """What stands in the same braces as a box, before or behind it."""
+    begin, end = answer.rfind("{", 0, box.start()), answer.find("}", box.end())
+    found = LABEL.search(answer, begin + 1, end + 1 or len(answer))
+    try:
+        return json.loads(found[1], strict=False) if found else ""
+    except ValueError:  # no escape that JSON knows
+        return found[1][1:-1] if found else ""
 
 
 def _span(ends: tuple[float, float], scale: float, offset: float, size: int) -> tuple[int, int]:

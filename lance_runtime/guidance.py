@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ class Guidance:
         check_choice("renorm", self.renorm, RENORM_KINDS)
         check_choice("uncond_positions", self.uncond_positions, UNCOND_POSITIONS)
         for name in ("scale", "visual_scale", "renorm_min"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"Guidance {name} is {getattr(self, name)}, not a finite number.\nThe default scale is 4.")
+            if not isinstance(getattr(self, name), Real) or not math.isfinite(getattr(self, name)):
+                raise ValueError(f"Guidance {name} is {getattr(self, name)!r}, not a finite number.\nThe default scale is 4.")
         if len(self.interval) != 2 or not self.interval[0] <= self.interval[1]:
             raise ValueError(f"Guidance interval {self.interval} is not (low, high).\nThe default is (0.4, 1.0).")
 

@@ -14,6 +14,7 @@ from .preprocess import sample_frames, to_frames
 from .types import LANCE_3B, VIDEO_FPS
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 
 def read_image(path: Path) -> Image.Image:
@@ -66,10 +67,10 @@ def _upright(frame: Any) -> np.ndarray:
 
 def check_suffix(path: Path, video: bool) -> None:
     """``ValueError`` for a name whose suffix says nothing that a video, or a picture, can be written as."""
-    known = VIDEO_SUFFIXES if video else tuple(end for end, name in Image.registered_extensions().items() if name in Image.SAVE)
+    kind, known = ("video", VIDEO_SUFFIXES) if video else ("picture", PICTURE_SUFFIXES)
     if path.suffix.lower() not in known:
-        kind, usual = ("video", ", ".join(VIDEO_SUFFIXES)) if video else ("picture", ".png, .jpg or .webp")
-        raise ValueError(f"{path.name} has the suffix {path.suffix!r}, which no {kind} has.\nUse {usual}.")
+        said = f"{path.name} has the suffix {path.suffix!r}, which is none of the {len(known)} that a {kind} is written with."
+        raise ValueError(f"{said}\nUse {', '.join(known)}.")
 
 
 def write_image(path: Path, frame: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,21 +53,25 @@ def check_recording(wanted: bool, device: torch.device, offload: str, mode: bool
         )
 
 
-def add_offloading(components: Components, kind: str) -> None:
-    """ "model": one of ViT, network and VAE at a time on the device. "layer": weights are streamed through it."""
+def add_offloading(components: Components, kind: str) -> Callable[[], None]:
+    """ "model": one of ViT, network and VAE at a time on the device. "layer": weights are streamed through it.
+
+    Returns what is to be called when weights were changed, or others put in their place.
+    """
     check_offload(kind)
     if kind == "none":
-        return
+        return lambda: None
     if kind == "layer":
         streamer = WeightStreamer(components.device)
         for module in components.modules:
             streamer.attach(module)
-        return
+        return streamer.prefetched.clear
     from accelerate.hooks import add_hook_to_module
 
     hook = _alone_hook(components)
     for module in components.modules:
         add_hook_to_module(module, hook)
+    return hook.take_weights
 
 
 def _own_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -75,9 +79,18 @@ def _own_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: own.detach() for name, own in module.named_parameters(recurse=False)}
 
 
+def _are_same(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether they lie in the same memory."""
+    return all(weight.data_ptr() == others[name].data_ptr() for name, weight in some.items())
+
+
 def _set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         setattr(module, name, nn.Parameter(weight, requires_grad=False))
+
+
+def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.cpu() for name, weight in _own_weights(module).items()}
 
 
 class Copied(NamedTuple):
@@ -122,7 +135,10 @@ class WeightStreamer:
         if self.last is not None:
             self.followers[self.last] = number
         self.last = number
-        copied = self.prefetched.pop(number, None) or self._copied(number)
+        copied = self.prefetched.pop(number, None)
+        if not _are_same(home := _own_weights(module), self.cpu_weights[number]):
+            self.cpu_weights[number], copied = home, None  # others were put in
+        copied = copied or self._copied(number)
         if copied.event is not None:
             current = torch.accelerator.current_stream(self.device)
             current.wait_event(copied.event)
@@ -133,8 +149,9 @@ class WeightStreamer:
     def _after_forward(self, number: int, module: nn.Module, *_: Any) -> None:
         _set_weights(module, self.cpu_weights[number])
         self._wait()
-        wanted = dict.fromkeys(self._following(number))
-        self.prefetched = {other: self.prefetched.get(other) or self._copied(other) for other in wanted}
+        known = dict(self.prefetched)
+        self.prefetched.clear()
+        self.prefetched.update((other, known.get(other) or self._copied(other)) for other in self._following(number))
 
     def _following(self, number: int) -> Iterator[int]:
         """The modules after this one, as far ahead as may be copied; always one."""
@@ -187,17 +204,27 @@ def _alone_hook(components: Components) -> Any:
     """
     from accelerate.hooks import CpuOffload
 
-    homes = {model: {module: _own_weights(module) for module in model.modules()} for model in components.modules}
-
     class Alone(CpuOffload):
+        def __init__(self) -> None:
+            super().__init__(components.device)
+            self.take_weights()
+
+        def take_weights(self) -> None:
+            """Those that the parts have now are theirs; what lies on the device is copied."""
+            self.homes = {part: {module: _on_cpu(module) for module in part.modules()} for part in components.modules}
+            self.resident: nn.Module | None = None
+
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-            for other in components.modules:
-                if other is not module:
-                    send_home(homes[other])
-            module.to(self.execution_device)
+            if module is not self.resident:
+                self.resident = None  # until all of it is there
+                for other in components.modules:
+                    if other is not module:
+                        send_home(self.homes[other])
+                module.to(self.execution_device)
+                self.resident = module
             return args, kwargs
 
-    return Alone(components.device)
+    return Alone()
 
 
 def bring(module: nn.Module) -> None:

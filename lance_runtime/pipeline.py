@@ -31,7 +31,7 @@ from .denoise import Branches, Given, Step, check_noise, check_sigmas, denoise, 
 from .files import find_sources
 from .memory import add_offloading, bring, check_offload, check_recording, checked_device, default_dtype
 from .prompts import system_sentence
-from .request import LOGGER, Request
+from .request import LOGGER, Request, check_names
 from .reuse import PrefixCache, VisionTokenCache
 from .types import VISUAL_CONDITIONS, LatentShape, Modality
 from .visuals import encode_given, source_segments, vit_segment
@@ -79,6 +79,7 @@ class LancePipeline:
     def __init__(self, components: Components, variant: str | None = None) -> None:
         self.components, self.variant = components, variant
         self._vision_tokens, self._questions = VisionTokenCache(), PrefixCache()
+        self._take_weights: Callable[[], None] = lambda: None
 
     @classmethod
     def from_pretrained(
@@ -104,6 +105,8 @@ class LancePipeline:
         step of a picture, and a token of an answer about pictures, as one CUDA graph, in some more memory; for a card that
         waits for its host. Raises ``FileNotFoundError`` and ``ValueError`` that name the file.
         """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}, where a type of torch belongs.\nPass torch.bfloat16 or torch.float32.")
         check_offload(offload, bool(compile))
         target = checked_device(device)
         check_recording(cuda_graphs, target, offload, compile)
@@ -111,14 +114,18 @@ class LancePipeline:
         sources = find_sources(Path(folder), variant, vit)
         components = load_components(sources, dtype or default_dtype(target), target, weights_on, cuda_graphs)
         components.vae.tiled = tiled_vae
-        add_offloading(components, offload)
+        take_weights = add_offloading(components, offload)
         if compile:
             components.model.compile_layers(**({"mode": compile} if isinstance(compile, str) else {}))
-        return cls(components, None if guess_variant(sources.model) == ANY_VARIANT else variant)
+        pipe = cls(components, None if guess_variant(sources.model) == ANY_VARIANT else variant)
+        pipe._take_weights = take_weights
+        return pipe
 
     def forget(self) -> None:
-        """What was kept of questions; call it where other weights were put in."""
+        """What was kept of pictures, questions and offloaded weights; call it where weights were changed or replaced."""
+        self._vision_tokens.entries.clear()
         self._questions.entries.clear()
+        self._take_weights()
 
     def __call__(self, task: str, prompt: str = "", *, progress: Progress | None = None, **arguments: Any) -> Output:
         """Run a task to its end.
@@ -142,7 +149,7 @@ class LancePipeline:
                 progress(done, total)
         if request.understands:
             return Output(text=last.text if last else "", token_ids=ids)
-        return Output(latents=last.latents, decode_latents=self._decode)
+        return Output(latents=last.latents, decode_latents=self.decode)
 
     def stream(self, task: str, prompt: str = "", **arguments: Any) -> Iterator[Step | Token]:
         """The same arguments but ``progress``; yields a ``Step`` or a ``Token`` as soon as it is made."""
@@ -150,6 +157,7 @@ class LancePipeline:
 
     def request(self, task: str, prompt: str = "", **arguments: Any) -> Request:
         """The arguments of a call, checked and completed; what the methods below take."""
+        check_names(arguments)
         request = Request(task, prompt, sizes=self.components.model.config.sizes, **arguments).checked()
         fitting = "video" if request.makes_video else "image"
         if self.variant not in (None, fitting):
@@ -221,7 +229,8 @@ class LancePipeline:
                 yield from source_segments(self.components, frames, request.preset, role)
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents of a step or an output (48, t, h, w) -> pixels uint8 (T, H, W, 3), on the device; or a batch of them."""
         return self.components.vae.decode(latents)
 
     def given(self, request: Request, target: LatentShape) -> Given | None:

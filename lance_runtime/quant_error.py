@@ -101,7 +101,7 @@ def compare(
         _tell(progress, index + 1, len(settings.prompts) + 2 * count)
     total = len(settings.prompts) + 2 * count
     before = _trace(pipe, samples, lambda done: _tell(progress, len(settings.prompts) + done, total))
-    put(pipe.components.model, weights, pipe.components.dtype, pipe.components.device)
+    put(pipe.components.model, weights)
     pipe.forget()
     after = _trace(pipe, samples, lambda done: _tell(progress, len(settings.prompts) + count + done, total))
     return _compared(samples, before, after)
@@ -155,12 +155,12 @@ def _recorder(trace: Trace, kind: str) -> Callable[[int, Callable[[Streams], Str
     return record
 
 
-def put(model: nn.Module, weights: DequantizedTensors, dtype: torch.dtype, device: torch.device) -> None:
+def put(model: nn.Module, weights: DequantizedTensors) -> None:
     """A file's quantised weights in the place of a network's own, one at a time, and what ComfyUI does to their inputs."""
     for name in weights.layers:
         owner, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(weights[name].to(device, dtype), requires_grad=False)
         module, rounded = model.get_submodule(owner), weights.layers[name].format.inputs
+        parameter = nn.Parameter(weights[name].to(module.get_parameter(leaf)), requires_grad=False)
         module.register_parameter(leaf, parameter)
         if rounded is not None:
             module.register_forward_pre_hook(partial(_with_inputs, rounded))

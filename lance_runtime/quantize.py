@@ -18,6 +18,7 @@ from .saving import Piece, Spec, check_new, write_tensors
 from .types import check_choice
 
 SCOPES = ("gen", "und", "both")
+TINY = torch.finfo(torch.float32).tiny  # of a weight that is zero, the error is none
 # A decoder layer's linear weights, and the layer's number.
 LINEAR = re.compile(r"language_model\.model\.layers\.(\d+)\.(self_attn|mlp(_moe_gen)?)\.\w+_proj(_moe_gen)?\.weight")
 
@@ -111,7 +112,7 @@ def _quantised(file: TensorFile, name: str, source: str, kind: Format, errors: d
     def make() -> dict[str, Tensor]:
         weight = file[source].float()
         parts = encode(weight)
-        errors[name] = float((kind.decode(parts) - weight).norm() / weight.norm())
+        errors[name] = float((kind.decode(parts) - weight).norm() / weight.norm().clamp(min=TINY))
         return named(parts)
 
     # The maths runs without numbers, too: it says what it will make.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,25 @@ CLIP_TASKS = ("video_edit", "x2t_video")
 SOURCE_SIZED_TASKS = ("i2v", "image_edit", "video_edit")
 TEXTS = ("prompt", "question", "instruction", "negative_prompt")
 WHOLE_NUMBERS = ("height", "width", "num_frames", "steps", "batch", "seed", "max_new_tokens")
+NUMBERS = ("fps", "shift", "temperature", "top_p")
+# What a call's arguments are called elsewhere (diffusers, transformers).
+ELSEWHERE = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance=Guidance(scale=...)",
+    "generator": "seed",
+    "image": "images=[...]",
+    "frames": "num_frames",
+    "num_images_per_prompt": "batch",
+}
+
+
+def check_names(arguments: Iterable[str]) -> None:
+    """``TypeError``, as Python's own, for an argument that no call takes."""
+    known = Request.__dataclass_fields__.keys() - {"task", "prompt", "sizes"}
+    for name in arguments:
+        if name not in known:
+            close = ELSEWHERE.get(name) or ", ".join(get_close_matches(name, known)) or ", ".join(sorted(known))
+            raise TypeError(f"{name} is none of the {len(known)} arguments of a call.\nUse {close}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +138,7 @@ class Request:
         height, width = vae_size(source.shape[1], source.shape[2], self.preset)
         if self.task == "video_edit":
             self._check_same("num_frames", len(source))
-        frames = {"i2v": self._frames, "image_edit": lambda: 1, "video_edit": lambda: len(source)}[self.task]()
-        return PixelShape(frames, height, width)
+        return PixelShape(self._frames() if self.task == "i2v" else len(source), height, width)
 
     def _check_same(self, name: str, size: int) -> None:
         asked = getattr(self, name)
@@ -148,8 +167,10 @@ class Request:
         fitting: tuple[tuple[str, type | tuple[type, ...], str, str], ...] = (
             *((name, str, "text", 'Use "" for no words') for name in TEXTS),
             *((name, Integral, "a whole number", "Round it to the one that you mean") for name in WHOLE_NUMBERS),
+            *((name, Real, "a number", "Leave it out for the default") for name in NUMBERS),
             ("images", (list, tuple), "a list", "Pass images=[picture], also for a single one"),
             ("guidance", Guidance, "a Guidance", "Pass guidance=Guidance(scale=4.0)"),
+            ("given_frames", Mapping, "a dictionary", "Pass given_frames={0: picture}"),
         )
         for name, kind, words, remedy in fitting:
             value = getattr(self, name)
@@ -157,6 +178,9 @@ class Request:
             if not isinstance(value, kind) and not (optional and value is None):
                 shown = repr(value) if isinstance(value, (str, float)) else f"of type {type(value).__name__}"
                 raise ValueError(f"{name} is {shown}, where {words} belongs.\n{remedy}.")
+        strange = [key for key in self.given_frames or {} if not isinstance(key, Integral)]
+        if strange:
+            raise ValueError(f"Given frame {strange[0]!r} is no whole number.\nPass given_frames={{0: picture}}.")
 
     def _check_context(self) -> None:
         """A ready-made context has its words and pictures in it; i2v's image is no part of it, but a given frame."""
@@ -173,7 +197,7 @@ class Request:
         least, most = PICTURES[self.task]
         if self.context is None and not least <= len(self.images) <= most:
             wanted = "no" if most == 0 else f"exactly {least}" if least == most else f"at least {least}"
-            images = "image" if least == most == 1 else "images"
+            images = "image" if least == 1 else "images"
             raise ValueError(f"{self.task} takes {wanted} {images}, and got {len(self.images)}.\n{self._advice()}")
         takes_clip = self.task in CLIP_TASKS
         if self.context is None and takes_clip != (self.video is not None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def write_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(path.parent).free) < len(header) + total:
         raise ValueError(f"{path.name} takes {len(header) + total} bytes; {free} are free.\nFree some, or use another disk.")
-    unfinished, done = path.with_suffix(".part"), 0
+    unfinished, done = path.with_name(f"{path.name}.{os.getpid()}.part"), 0  # no other run's, and nobody's download
     try:
         with unfinished.open("wb") as stream:
             stream.write(header)

@@ -14,11 +14,14 @@ import pytest
 import tasks
 from PIL import Image
 
-from lance_runtime import media
+from lance_runtime import LancePipeline, media
+from lance_runtime import __main__ as command_line
 from lance_runtime.__main__ import build_parser, main
-from lance_runtime.media import read_image, read_video, write_video
+from lance_runtime.files import NANO
+from lance_runtime.media import PICTURE_SUFFIXES, read_image, read_video, write_image, write_video
 from lance_runtime.preprocess import sample_frames
 from lance_runtime.prompts import TASKS
+from lance_runtime.types import LANCE_3B
 
 MEDIA = goldens.PARITY / "media"
 MODEL = ["--model", str(goldens.CHECKPOINT), "--device", "cpu"]
@@ -110,6 +113,27 @@ def test_questions_are_answered_on_the_terminal(task, capsys, clip_file, load_pi
 
 def clip_arguments(path):
     return {"video": read_video(path), "fps": 12}
+
+
+def test_a_clip_is_seen_as_long_as_its_model_sees_one(clip_file, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command_line, "read_video", lambda path, most: asked.append(most) or read_video(path, most))
+    assert main(["x2t_video", "--video", str(clip_file), "--max-new-tokens", "1", "--device", "cpu"]) == 0
+    assert asked == [LancePipeline.from_pretrained(NANO, "video", "cpu").components.model.config.sizes.seconds]
+    assert asked[0] < LANCE_3B.seconds
+
+
+@pytest.mark.parametrize("task", ["t2i", "x2t_image"])
+def test_a_folder_is_no_file_to_write(task, tmp_path, capsys):
+    assert main([task, *MODEL, "--output", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", PICTURE_SUFFIXES)
+def test_every_suffix_that_is_taken_can_be_written(suffix, tmp_path):
+    frame = np.arange(16 * 32 * 3, dtype=np.uint8).reshape(16, 32, 3)
+    write_image(tmp_path / f"a{suffix}", frame)
+    assert Image.open(tmp_path / f"a{suffix}").size == (32, 16)
 
 
 def test_an_answer_is_written_where_asked(tmp_path, capsys):
@@ -264,7 +288,7 @@ def failed(arguments, capsys):
         (["t2i", *MODEL, "--batch", "0"], "batch of 0"),
         (["t2i", *MODEL, "--interval", "0.9", "0.1"], "(0.9, 0.1)"),
         (["t2i", *MODEL, *EDIT], "no images, and got 1"),
-        (["image_edit", *MODEL], "at least 1 images, and got 0"),
+        (["image_edit", *MODEL], "at least 1 image, and got 0"),
         (["image_edit", *MODEL, "--image", "nowhere.png"], "nowhere.png"),
         (["image_edit", *MODEL, "--image", str(goldens.PARITY / "cases.json")], "cases.json"),
         (["video_edit", *MODEL, "--video", "nowhere.mp4"], "nowhere.mp4"),

@@ -28,6 +28,16 @@ def test_the_forms_in_which_qwen_names_boxes():
     assert boxes("[30, 60, 10, 20]") == [{**first, "label": ""}]  # corners the other way round
 
 
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [('"a \\"big\\" dog"', 'a "big" dog'), (r'"\u72d7"', "\u72d7"), (r'"50\% off"', r"50\% off"), ('""', "")],
+)
+def test_a_label_stands_before_or_behind_its_box(written, label):
+    behind, before = (f'"bbox_2d": [10, 20, 30, 60], "label": {written}', f'"label": {written}, "bbox_2d": [1, 2, 3, 6]')
+    for one, other in ((behind, before), (before, behind), (behind, behind), (before, before)):
+        assert [box["label"] for box in boxes(f'[{{{one}}}, {{"label": "no"}}, {{{other}}}]')] == [label, label]
+
+
 @pytest.mark.parametrize("answer", ["", "no box", "[1, 2, 3]", "[1, 2, 3, 4, 5]", "[10, 20, 10, 60]", "[300, 0, 400, 50]"])
 def test_what_is_no_box(answer):
     assert boxes(answer) == []

@@ -57,6 +57,30 @@ def test_given_frames_of_a_video_are_the_same(offload, video_pipe):
     assert torch.equal(load("video", offload)(**arguments).latents, video_pipe(**arguments).latents)
 
 
+def change(pipe):
+    """Other weights: one in its place, one replaced, one that reads pictures."""
+    head, tower = pipe.components.model.llm2vae, pipe.components.vision
+    head.bias.add_(1)
+    head.weight = nn.Parameter(head.weight.flip(0), requires_grad=False)
+    next(tower.parameters()).zero_()
+
+
+@pytest.mark.parametrize("offload", ["none", *KINDS])
+def test_weights_that_were_changed_stay_so(offload):
+    pipe, fresh = load("image", offload), load("image", "none")
+    drawn, asked = tasks.arguments("t2i") | {"steps": 2}, tasks.arguments("x2t_image")
+    before = pipe(**drawn).latents, pipe(**asked).token_ids
+    change(pipe), change(fresh)
+    pipe.forget()
+    for _ in range(2):
+        out, expected = pipe(**drawn), fresh(**drawn)
+        assert torch.equal(out.latents, expected.latents)
+        assert (out.frames == expected.frames).all()
+        assert pipe(**asked).token_ids == fresh(**asked).token_ids
+    assert not torch.equal(out.latents, before[0])
+    assert pipe(**asked).token_ids != before[1]
+
+
 @pytest.mark.parametrize("kind", ["disk", "", "Model"])
 def test_another_kind_is_refused_before_loading(kind, tmp_path):
     with pytest.raises(ValueError, match=r"3 known ones\.\nUse one of: none, model, layer\."):

@@ -515,6 +515,25 @@ def test_comfyuis_formats_are_converted_too(trees, tmp_path, prefix):
     assert all(torch.equal(found[name], plain[name].bfloat16()) for name in plain)
 
 
+def test_nobodys_file_is_written_over_on_the_way(tmp_path):
+    other = tmp_path / "q.part"
+    other.write_text("a download")
+    written = quantize(TensorFile(MODEL), tmp_path / "q.safetensors", Plan("fp8", keep_layers=()))
+    assert other.read_text() == "a download"
+    assert {path.name for path in tmp_path.iterdir()} == {"q.part", written.path.name}
+
+
+def test_a_weight_of_zeros_has_no_error(tmp_path):
+    full = dict(TensorFile(MODEL))
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    save_file(full | {name: torch.zeros_like(full[name])}, tmp_path / "zero.safetensors", TensorFile(MODEL).metadata)
+    for file in MODEL.parent.glob("*.*"):
+        if file.suffix in (".json", ".txt"):
+            shutil.copy(file, tmp_path)
+    written = quantize(TensorFile(tmp_path / "zero.safetensors"), tmp_path / "q.safetensors", Plan("fp8"))
+    assert written.errors[name] == 0
+
+
 # Errors of the network
 
 
@@ -547,6 +566,16 @@ def test_errors_are_those_of_two_networks(trees):
     assert 0.01 < result.velocities[0][1] < 0.5
     assert [drawing > 0 and answering > 0 for drawing, answering in result.layers] == [True] * 3
     assert seen[-1][0] == seen[-1][1]
+
+
+@pytest.mark.parametrize("offload", ["model", "layer"])
+def test_errors_are_the_same_where_weights_are_offloaded(trees, offload):
+    found, expected = (
+        compare(load(goldens.CHECKPOINT, offload=kind), weights, SMALL)
+        for kind, weights in ((offload, coarse_weights(trees)), ("none", coarse_weights(trees)))
+    )
+    assert found == expected
+    assert found.logits > 0
 
 
 def coarse_weights(trees, kind="nvfp4"):

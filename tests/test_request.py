@@ -9,7 +9,7 @@ import tasks
 import torch
 from PIL import Image
 
-from lance_runtime import Guidance
+from lance_runtime import Guidance, LancePipeline
 from lance_runtime.context import Segment
 from lance_runtime.prompts import TASKS
 from lance_runtime.tokenizer import SPECIAL_TOKENS
@@ -57,6 +57,43 @@ def test_sizes_that_are_no_whole_numbers_are_refused_or_the_default(image_pipe, 
         assert image_pipe.request("t2i", "a", **SMALL | {"height": None}).target().height == 48
     else:
         names_both(refusal(image_pipe, "t2i", "a", **SMALL | {"height": size})[0], size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("fps", "24"), ("shift", None), ("temperature", None), ("top_p", "0.9")),
+        *(("given_frames", [PICTURE]), ("given_frames", {"0": PICTURE})),
+    ],
+)
+def test_what_is_of_another_type_is_refused(video_pipe, name, value):
+    first, _ = refusal(video_pipe, "t2v", "a", **SMALL | {name: value})
+    assert name.removesuffix("s") in first.lower().replace(" ", "_")
+
+
+@pytest.mark.parametrize("scale", ["4", None, [4.0]])
+def test_a_guidance_scale_is_a_number(scale):
+    names_both(refusal(Guidance, scale=scale)[0], repr(scale))
+
+
+def test_a_type_of_numbers_is_torchs():
+    names_both(refusal(LancePipeline.from_pretrained, goldens.CHECKPOINT, dtype="bfloat16")[0], "'bfloat16'")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("num_inference_steps", "Use steps."), ("guidance_scale", "Guidance(scale"), ("step", "steps"), ("sizes", "steps"), ("xyz", "batch, context")],
+)
+def test_arguments_of_other_names_are_refused_with_ours(image_pipe, name, remedy):
+    for call in (image_pipe, image_pipe.stream, image_pipe.layout):
+        with pytest.raises(TypeError, match=f"^{name} is none of the [0-9]+ arguments of a call.\\n") as caught:
+            call("t2i", "a", **{name: 3})
+        assert remedy in str(caught.value).split("\n")[1]
+
+
+def test_a_name_on_the_hub_is_no_folder():
+    with pytest.raises(FileNotFoundError, match=r"\n.*python -m lance_runtime download$"):
+        LancePipeline.from_pretrained("bytedance-research/Lance")
 
 
 @pytest.mark.parametrize("task", ["image_edit", "i2v", "video_edit"])
