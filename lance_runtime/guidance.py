@@ -56,13 +56,16 @@ class Guidance:
         return self.visual_scale != 1.0
 
     def acts_at(self, sigma: Tensor) -> bool:
-        """Whether the other branches are run at this sigma; compared in float32, as the reference does."""
+        """Whether the other branches are run at this sigma; compared in float32, as the reference does.
+
+        It guides at scales above 1 only; here those below 1 have their meaning, too.
+        """
         return self.enabled and self.within(sigma)
 
     def within(self, sigma: Tensor) -> bool:
         """Whether a sigma lies within the interval, whatever the scales."""
         low, high = torch.tensor(self.interval, dtype=torch.float32)
-        sigma = sigma.detach().float().cpu().clamp(max=1.0)  # a shift of 2.14 makes 1 + 1e-7 of the first one
+        sigma = sigma.detach().float().cpu().clamp(max=1.0)  # a shift of 2.14 makes 1 + 1e-7 of the first, which the reference does not guide
         return bool(low < sigma) and bool(sigma <= high)
 
     def combine(self, velocities: Sequence[Tensor], free: Tensor | None = None) -> Tensor:

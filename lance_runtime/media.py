@@ -18,7 +18,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", "
 
 
 def read_image(path: Path) -> Image.Image:
-    """A picture, turned upright by its EXIF tag; ``ValueError`` for a file that is none."""
+    """A picture, turned upright by its EXIF tag (the reference leaves it); ``ValueError`` for a file that is none."""
     try:
         picture = ImageOps.exif_transpose(Image.open(path))
         picture.load()

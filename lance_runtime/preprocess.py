@@ -187,7 +187,10 @@ def centre(frames: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode in 8-bit RGB, transparent parts laid on white."""
+    """A PIL image of any mode in 8-bit RGB, transparent parts laid on white.
+
+    The reference does so for RGBA and P alone, and shows what others hide.
+    """
     if image.mode.startswith("I"):
         return _from_16_bit(image).convert("RGB")
     if image.mode == "LAB":

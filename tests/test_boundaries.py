@@ -26,6 +26,7 @@ ORDER = [
     "model.embeddings",
     "model.transformer",
     "model.vision",
+    "streaming",
     "engine",
     "tiling",
     "vae",

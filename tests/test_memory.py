@@ -18,9 +18,11 @@ from lance_runtime.config import LanceConfig
 from lance_runtime.context import Context, Segment, VisionTokens, layout
 from lance_runtime.denoise import predict_velocity
 from lance_runtime.engine import Engine
-from lance_runtime.memory import MODULES_IN_FLIGHT, PREFETCH_BYTES, Copied, WeightStreamer, default_dtype
+from lance_runtime.memory import default_dtype
+from lance_runtime.model import transformer
 from lance_runtime.model.transformer import Lance, held_share
 from lance_runtime.prefill import branch
+from lance_runtime.streaming import MODULES_IN_FLIGHT, PREFETCH_BYTES, Copied, WeightStreamer
 from lance_runtime.types import LatentShape
 
 KINDS = ("model", "layer")
@@ -195,18 +197,65 @@ def test_a_host_that_runs_ahead_waits_for_all_but_the_last_modules(monkeypatch):
     assert sum(what == "copy" for what, _ in log) == 6
 
 
-def test_copies_come_from_pinned_memory_where_a_device_reads_it(monkeypatch):
-    pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda weight: pinned.append(weight) or weight)
-    chain, weights = linears(2)
-    streamer = streaming(chain)
+@pytest.fixture
+def pinned(monkeypatch):
+    """Weights that were copied into pinned memory, which a machine without a card does not have."""
+    found = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda weight: found.append(weight) or weight.clone())
+    return found
+
+
+def with_a_stream(streamer, monkeypatch):
     monkeypatch.setattr(streamer, "stream", torch.autograd.profiler.record_function("a stream"))
     monkeypatch.setattr(streamer.stream, "record_event", lambda: None, raising=False)
-    streamer._copied(0)
-    assert not pinned
-    monkeypatch.setattr(streamer, "pins", True)
-    assert torch.equal(streamer._copied(1).weights["weight"], weights[1])
-    assert len(pinned) == 1
+    monkeypatch.setattr(streamer, "_wait", lambda: None)
+    return streamer
+
+
+@pytest.mark.parametrize(("room", "passes"), [(3 * 64, [3, 0, 0]), (64, [3, 2, 2]), (0, [3, 3, 3])])
+def test_weights_stay_in_pinned_memory_while_there_is_room(room, passes, pinned, monkeypatch):
+    chain, weights = linears(3)
+    streamer = with_a_stream(streaming(chain, prefetch_bytes=64), monkeypatch)
+    chain(torch.ones(1, 4))
+    assert not pinned  # a device that does not read it
+    streamer.forget()
+    streamer.pins, streamer.room = True, room
+    for expected in passes:
+        del pinned[:]
+        streamer.last = None  # or the last would bring the first again
+        for layer, weight in zip(chain, weights, strict=True):
+            assert torch.equal(layer(torch.eye(4)), weight.T)
+        assert len(pinned) == expected
+
+
+def test_other_weights_are_pinned_anew(pinned, monkeypatch):
+    chain, _ = linears(2)
+    streamer = with_a_stream(streaming(chain), monkeypatch)
+    streamer.pins, streamer.room = True, 2 * 64
+    for _ in range(3):
+        chain(torch.eye(4))
+    chain[1].weight = nn.Parameter(torch.full((4, 4), 2.0), requires_grad=False)
+    assert torch.equal(chain[1](torch.eye(4)), torch.full((4, 4), 2.0))
+    chain[1].weight.fill_(3.0)
+    streamer.forget()
+    assert torch.equal(chain[1](torch.eye(4)), torch.full((4, 4), 3.0))
+    assert streamer.room <= 64
+
+
+@pytest.mark.parametrize("rows", [8192, 16])
+def test_the_weights_of_an_mlp_come_once_however_many_parts_its_tokens_have(rows, monkeypatch):
+    monkeypatch.setattr(transformer, "ROWS_AT_ONCE", rows)
+    config = LanceConfig(
+        hidden_size=128, intermediate_size=344, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+    )
+    mlp = transformer.MLP(config, transformer.layers).requires_grad_(False)
+    x = torch.randn(2, 48, 128)
+    expected, streamer, copies = mlp(x), streaming(mlp), []
+    real = streamer._copied
+    monkeypatch.setattr(streamer, "_copied", lambda number: copies.append(number) or real(number))
+    assert torch.equal(mlp(x), expected)
+    assert len(copies) == 1
+    assert set(streamer.cpu_weights[0]) == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
 
 
 @pytest.mark.parametrize("how", ["none", "layer", "compiled"])
@@ -259,20 +308,20 @@ def test_by_layer_the_whole_pipeline_computes_on_the_device_from_weights_beside_
 @pytest.fixture
 def watched(monkeypatch):
     """A pipeline with offload="model", and the parts on the device; cpu:0 is the device and cpu the place beside it."""
-    real, home, on, ran = nn.Module.to, memory.send_home, set(), []
+    real, home, on, ran = nn.Module.to, memory.set_weights, set(), []
 
     def to(module, *args, **options):
         if module in names and str(args[0]) == "cpu:0":
             on.add(names[module])
         return real(module, *args, **options)
 
-    def send_home(homes):
-        on.discard(next(name for module, name in names.items() if set(homes) <= set(module.modules())))
-        home(homes)
+    def set_weights(part, weights):
+        on.discard(names[part])
+        home(part, weights)
 
     names = {}
     monkeypatch.setattr(nn.Module, "to", to)
-    monkeypatch.setattr(memory, "send_home", send_home)
+    monkeypatch.setattr(memory, "set_weights", set_weights)
     pipe = LancePipeline.from_pretrained(goldens.CHECKPOINT, device="cpu:0", dtype=torch.float32, offload="model")
     parts = pipe.components
     names.update({parts.vision: "vision", parts.model: "model", parts.vae.module: "vae"})

@@ -82,7 +82,13 @@ def test_a_type_of_numbers_is_torchs():
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("num_inference_steps", "Use steps."), ("guidance_scale", "Guidance(scale"), ("step", "steps"), ("sizes", "steps"), ("xyz", "batch, context")],
+    [
+        ("num_inference_steps", "Use steps."),
+        ("guidance_scale", "Guidance(scale"),
+        ("step", "steps"),
+        ("sizes", "steps"),
+        ("xyz", "batch, context"),
+    ],
 )
 def test_arguments_of_other_names_are_refused_with_ours(image_pipe, name, remedy):
     for call in (image_pipe, image_pipe.stream, image_pipe.layout):
