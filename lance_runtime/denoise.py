@@ -110,18 +110,32 @@ def predict_velocity(engine: Engine, latents: Tensor, timesteps: Tensor, branche
     return engine.model.velocity(hidden.gen, LatentShape(*latents.shape[2:]))
 
 
-class RecordedVelocity:
-    """``predict_velocity`` of an engine, recorded for each set of branches; lives as long as their run."""
+class Velocities:
+    """Velocities of the branches of one run: together while their tokens are few, else one after another.
+
+    Together they are a CUDA graph where the engine asks for it, one for each set of branches.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.recorded: dict[tuple[Branch, ...], Recorded] = {}
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, branches: Sequence[Branch]) -> Tensor:
-        def run(latents: Tensor, timesteps: Tensor) -> Tensor:
-            return predict_velocity(self.engine, latents, timesteps, branches)
+    def __call__(self, latents: Tensor, timesteps: Tensor, branches: Sequence[Branch]) -> list[Tensor]:
+        """Latents (B, C, T, H, W) and timesteps (B, T) -> one float32 velocity (B, C, T, H, W) a branch."""
+        batch, count = latents.shape[0], len(branches)
+        x = latents.to(self.engine.dtype)
+        tokens = batch * count * x[0, 0].numel()
+        if tokens > BATCHED_TOKENS:
+            return [predict_velocity(self.engine, x, timesteps, [branch]).float() for branch in branches]
+        with without_cudnn_attention():  # prompts of any length are new shapes
+            found = self._together(x.repeat(count, 1, 1, 1, 1), timesteps.repeat(count, 1), branches)
+        return list(found.float().split(batch))
 
-        return self.recorded.setdefault(tuple(branches), Recorded(run))(latents, timesteps)
+    def _together(self, latents: Tensor, timesteps: Tensor, branches: Sequence[Branch]) -> Tensor:
+        run: Callable[..., Tensor] = partial(predict_velocity, self.engine, branches=branches)
+        if self.engine.cuda_graphs:
+            run = self.recorded.setdefault(tuple(branches), Recorded(run))
+        return run(latents, timesteps)
 
 
 class Branches:
@@ -161,26 +175,9 @@ def denoise(
         latents[:, :, given.frames] = given.latents.to(latents)
         moving[given.frames] = 0
     free = None if given is None else moving.nonzero().flatten()
-    few = RecordedVelocity(engine) if engine.cuda_graphs else partial(predict_velocity, engine)
+    velocities = Velocities(engine)
     for index, (sigma, following) in enumerate(pairwise(sigmas)):
         timesteps = (float(sigma) * moving).expand(noise.shape[0], -1)
-        velocities = _velocities(engine, few, latents, timesteps, branches.at(sigma, guidance))
-        velocity = guidance.combine(velocities, free)
+        velocity = guidance.combine(velocities(latents, timesteps, branches.at(sigma, guidance)), free)
         latents = latents - velocity * (moving.view(1, 1, -1, 1, 1) * float(sigma - following))
         yield Step(index, float(following), latents)
-
-
-def _velocities(
-    engine: Engine, few: Callable[..., Tensor], latents: Tensor, timesteps: Tensor, branches: Sequence[Branch]
-) -> list[Tensor]:
-    """One float32 velocity a branch: together while their tokens are few, else one after another.
-
-    few: ``predict_velocity`` of this engine for few tokens.
-    """
-    batch, count = latents.shape[0], len(branches)
-    x = latents.to(engine.dtype)
-    tokens = batch * count * x[0, 0].numel()
-    if tokens > BATCHED_TOKENS:
-        return [predict_velocity(engine, x, timesteps, [branch]).float() for branch in branches]
-    with without_cudnn_attention():  # prompts of any length are new shapes
-        return list(few(x.repeat(count, 1, 1, 1, 1), timesteps.repeat(count, 1), branches).float().split(batch))

@@ -65,7 +65,8 @@ class Guidance:
     def within(self, sigma: Tensor) -> bool:
         """Whether a sigma lies within the interval, whatever the scales."""
         low, high = torch.tensor(self.interval, dtype=torch.float32)
-        sigma = sigma.detach().float().cpu().clamp(max=1.0)  # a shift of 2.14 makes 1 + 1e-7 of the first, which the reference does not guide
+        # A shift of 2.14 makes 1 + 1e-7 of the first, which the reference does not guide.
+        sigma = sigma.detach().float().cpu().clamp(max=1.0)
         return bool(low < sigma) and bool(sigma <= high)
 
     def combine(self, velocities: Sequence[Tensor], free: Tensor | None = None) -> Tensor:

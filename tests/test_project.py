@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,25 @@ def test_the_bench_counts_what_a_step_multiplies(monkeypatch, capsys):
     attention = 2 * 3 * 4 * (latents + vision) * (latents + vision + prefix) * hidden
     assert found["linear_gflop"] == pytest.approx(linear / 1e9, rel=1e-3)
     assert found["attention_gflop"] == pytest.approx(attention / 1e9, rel=1e-3)
+
+
+def test_a_card_can_be_made_smaller_than_it_is(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    import footprint
+
+    asked, taken = [], [0]
+    for name, stand_in in (
+        ("get_device_properties", lambda _: SimpleNamespace(total_memory=150 * 10**9)),
+        ("set_per_process_memory_fraction", asked.append),
+        ("memory_reserved", lambda _=None: taken[0]),
+        ("mem_get_info", None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    footprint.shrink_card(6 * 10**9)
+    assert asked == [pytest.approx(0.04)]
+    assert torch.cuda.mem_get_info() == (6 * 10**9, 6 * 10**9)
+    for taken[0], free in ((2 * 10**9, 4 * 10**9), (7 * 10**9, 0)):
+        assert torch.cuda.mem_get_info(torch.device("cuda")) == (free, 6 * 10**9)
 
 
 def test_sources_that_are_measured_are_seen_whole(monkeypatch):

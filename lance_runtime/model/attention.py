@@ -45,7 +45,8 @@ _CUDNN = _CuDNNAttention()
 def without_cudnn_attention() -> Iterator[None]:
     """Where many calls have another shape each, or few the same, attention goes without cuDNN.
 
-    torch prefers it on the newest cards, plans it anew for every exact shape, and keeps every plan.
+    torch prefers it on the newest cards, plans it anew for every exact shape, and keeps every plan. A host's own backend
+    chooses for itself.
     """
     _CUDNN.turn_off()
     try:

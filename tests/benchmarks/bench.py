@@ -15,22 +15,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from loading import bench_loading, process_peak_bytes  # noqa: E402
+from counting import attending, count, yardstick  # noqa: E402
+from loading import bench_loading, draw_weights, process_peak_bytes  # noqa: E402
 
 from lance_runtime.config import LanceConfig  # noqa: E402
 from lance_runtime.context import Context, Segment, VisionTokens, layout  # noqa: E402
 from lance_runtime.decode import decode  # noqa: E402
-from lance_runtime.denoise import RecordedVelocity, predict_velocity  # noqa: E402
+from lance_runtime.denoise import BATCHED_TOKENS, Velocities  # noqa: E402
 from lance_runtime.engine import Engine  # noqa: E402
 from lance_runtime.kv_cache import KVCache  # noqa: E402
 from lance_runtime.prefill import Branch, branch, prefill  # noqa: E402
@@ -41,7 +42,8 @@ from lance_runtime.vae import WanVAE, build_vae, original_name  # noqa: E402
 REAL_WIDTH = {"hidden": 2048, "layers": 2, "height": 768, "width": 768, "vocabulary": 151936, "vae": 160}
 SYSTEM_TOKENS, CLOSING_TOKENS = 32, 8  # about what the templates around a prompt take
 GIGA = 1e9
-COPIED = 256 * 2**20  # bytes
+COPIED = {"cpu": 256 * 2**20}  # bytes; of a card many more, beside which a launch is nothing
+COPIED_ON_A_CARD = 2 * 2**30
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 
@@ -58,11 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--frames", type=int, default=1)
     add("--prompt-tokens", type=int, default=128)
     add("--edit", action="store_true", help="put an edit source (ViT tokens and latents) into the context")
-    add("--tokens", type=int, default=32, help="to decode (default: 32)")
+    add("--tokens", type=int, help="to decode (default: 32, and 256 with --cuda-graphs, whose recording takes some)")
     add("--dtype", choices=tuple(DTYPES), default="float32")
     add("--device", default="cpu")
     add("--threads", type=int, help="of the CPU (default: torch's own choice)")
     add("--until", choices=("loading", "network", "vae"), default="vae", help="the last thing to measure (default: vae)")
+    add("--no-loading", action="store_true", help="draw the weights on the device, without a file")
     add("--compile", action="store_true", help="torch.compile the layers")
     add("--cuda-graphs", action="store_true", help="launch steps and tokens as CUDA graphs")
     add("--repeats", type=int, default=10, help="of which the median is taken (default: 10)")
@@ -79,6 +82,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.hidden % 128:
         parser.error(f"--hidden {options.hidden} is not a multiple of 128, the width of a head")
+    options.tokens = options.tokens or (256 if options.cuda_graphs else 32)
     return options
 
 
@@ -126,15 +130,19 @@ class Bench:
             times.append(self.timed(run))
         return statistics.median(times or [first]), len(times or [first])
 
+    def reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def peak_bytes(self) -> int:
-        """The accelerator's peak, or the process's."""
+        """The accelerator's peak since it was reset, or the process's."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return process_peak_bytes()
 
     def wait(self) -> None:
         if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+            getattr(torch, self.device.type).synchronize(self.device)
 
 
 def make_context(options: argparse.Namespace, config: LanceConfig, target: LatentShape) -> Context:
@@ -162,7 +170,8 @@ def bench_decode(bench: Bench, engine: Engine, context: Context) -> None:
     cache, states = prefill(engine, layout(context))
     read = [cache.committed(index) for index in range(len(cache.layers))]
     vocabulary, tokens = engine.model.config.vocab_size, bench.options.tokens
-    source = torch.zeros(COPIED, dtype=torch.uint8, device=engine.device)
+    copied = COPIED.get(engine.device.type, COPIED_ON_A_CARD)
+    source = torch.zeros(copied, dtype=torch.uint8, device=engine.device)
     target = torch.empty_like(source)
 
     def run(engine: Engine = engine) -> None:
@@ -175,7 +184,7 @@ def bench_decode(bench: Bench, engine: Engine, context: Context) -> None:
     weights = sum(layer.weight.nbytes for layer in {layer for layer, _ in counted.linears})
     run(), target.copy_(source)
     pairs = [(bench.timed(run), bench.timed(lambda: target.copy_(source))) for _ in range(bench.options.repeats)]
-    rates = [(tokens * weights / own / GIGA, 2 * COPIED / other / GIGA) for own, other in pairs]
+    rates = [(tokens * weights / own / GIGA, 2 * copied / other / GIGA) for own, other in pairs]
     seconds = statistics.median(own for own, _ in pairs)
     bench.emit(
         "decoding",
@@ -190,81 +199,27 @@ def bench_decode(bench: Bench, engine: Engine, context: Context) -> None:
     )
 
 
-@dataclass
-class Counted:
-    """What one run multiplied: linear layers with their rows, and the operations of attention."""
-
-    linears: list[tuple[nn.Linear, int]]
-    attention: int = 0
-
-    @property
-    def linear(self) -> int:
-        return sum(2 * rows * layer.in_features * layer.out_features for layer, rows in self.linears)
-
-
-def count(engine: Engine, run: Callable[[Engine], object]) -> Counted:
-    """Run once and count: each linear layer by a hook, attention by a wrapper around the backend."""
-    counted = Counted([])
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Two products, q with the keys and the weights with the values, of 2 operations a term.
-        counted.attention += 4 * q.numel() * k.shape[-2]
-        return engine.attention(q, k, v)
-
-    def hook(layer: nn.Linear, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        counted.linears.append((layer, inputs[0].numel() // layer.in_features))
-
-    handles = [layer.register_forward_hook(hook) for layer in engine.model.modules() if isinstance(layer, nn.Linear)]
-    with torch.compiler.set_stance("force_eager"):  # a hook that counts is another function at each call
-        run(replace(engine, attention=attention))
-    for handle in handles:
-        handle.remove()
-    return counted
-
-
-def yardstick(engine: Engine, counted: Counted) -> Callable[[], None]:
-    """``torch.mm`` at the shapes of the linear layers, on their own weights."""
-    sizes = {(rows, layer.in_features) for layer, rows in counted.linears}
-    inputs = {size: torch.randn(size, dtype=engine.dtype, device=engine.device) for size in sizes}
-    products = [(inputs[rows, layer.in_features], layer.weight.t()) for layer, rows in counted.linears]
-
-    def run() -> None:
-        for left, right in products:
-            torch.mm(left, right)
-
-    return run
-
-
 def bench_step(bench: Bench, engine: Engine, branches: list[Branch], target: LatentShape) -> None:
-    batch = len(branches)
-    latents = torch.randn(batch, engine.model.config.latent_channels, *target, dtype=engine.dtype, device=engine.device)
-    timesteps = torch.full((batch, target.frames), 0.7, device=engine.device)
+    """All branches at one time, as the loop takes a guided step: together while their tokens are few."""
+    latents = torch.randn(1, engine.model.config.latent_channels, *target, device=engine.device)
+    timesteps = torch.full((1, target.frames), 0.7, device=engine.device)
+    velocities = Velocities(engine)
 
-    recorded = RecordedVelocity(engine)
+    def step() -> list[Tensor]:
+        return velocities(latents, timesteps, branches)
 
-    def step(other: Engine | None = None) -> Tensor:
-        if other is None and engine.cuda_graphs:
-            return recorded(latents, timesteps, branches)
-        return predict_velocity(other or engine, latents, timesteps, branches)
-
-    attending: list[float] = []
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found: list[Tensor] = []
-        attending.append(bench.timed(lambda: found.append(engine.attention(q, k, v))))
-        return found[0]
-
-    counted, peak = count(engine, step), bench.peak_bytes()
-    step(replace(engine, attention=attention))
-    multiply = yardstick(engine, counted)
-    multiply()
+    counted = count(engine, lambda other: Velocities(other)(latents, timesteps, branches))
+    bench.reset_peak()
+    step(), step()  # the first as it is, the second recorded where the engine records
+    multiply, attend = yardstick(engine, counted), attending(engine, counted, len(branches) * target.tokens <= BATCHED_TOKENS)
+    multiply(), attend()
     pairs = [(bench.timed(step), bench.timed(multiply)) for _ in range(bench.options.repeats)]
     operations = counted.linear + counted.attention
     shares = [operations / counted.linear * other / own for own, other in pairs]
     seconds, other = (statistics.median(times) for times in zip(*pairs, strict=True))
     bench.emit(
         "denoising_step",
-        branches=batch,
+        branches=len(branches),
         seconds=seconds,
         tokens=target.tokens + 2,
         prefix=[one.cache.length for one in branches],
@@ -274,10 +229,10 @@ def bench_step(bench: Bench, engine: Engine, branches: list[Branch], target: Lat
         mm_gflop_per_second=counted.linear / GIGA / other,
         share_of_mm=statistics.median(shares),
         share_range=[round(min(shares), 3), round(max(shares), 3)],
-        attention_seconds=sum(attending),
+        attention_seconds=bench.median(attend)[0],
         share_of_best=operations / counted.linear * min(times[1] for times in pairs) / min(times[0] for times in pairs),
         runs=len(pairs),
-        peak_gb=peak / GIGA,
+        peak_gb=bench.peak_bytes() / GIGA,
         load=os.getloadavg()[0],
     )
     if bench.options.profile:
@@ -288,7 +243,8 @@ def profile(step: Callable[[], object]) -> None:
     with torch.profiler.profile(record_shapes=True) as found:
         for _ in range(3):
             step()
-    table = found.key_averages(group_by_input_shape=True).table(sort_by="self_cpu_time_total", row_limit=40)
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    table = found.key_averages(group_by_input_shape=True).table(sort_by=f"self_{where}_time_total", row_limit=40)
     print(table, file=sys.stderr)
 
 
@@ -317,7 +273,8 @@ def stages(bench: Bench, options: argparse.Namespace) -> Iterator[str]:
     """Run everything; yields the name of each stage behind it."""
     config, pixels = config_of(options), PixelShape(options.frames, options.height, options.width)
     target = pixels.latent()
-    engine = Engine(bench_loading(bench, config), bench.dtype, bench.device, cuda_graphs=options.cuda_graphs)
+    model = draw_weights(bench, config) if options.no_loading else bench_loading(bench, config)
+    engine = Engine(model, bench.dtype, bench.device, cuda_graphs=options.cuda_graphs)
     yield "loading"
     if options.until == "loading":
         return
@@ -348,6 +305,7 @@ def main() -> None:
     bench.emit("settings", **known, torch=torch.__version__)
     for stage in stages(bench, options):
         peaks[f"after_{stage}_gb"] = bench.peak_bytes() / GIGA
+        bench.reset_peak()
     bench.emit("peak_memory", **peaks)
 
 

@@ -4,9 +4,9 @@
 
 --tree is laid out as on the hub (``python -m lance_runtime download``); with --random it is made first, of the real size
 and with random weights, which take the same memory and time. Files in fp8, int8, ... are written by ``quantize`` beside the
-published ones. A budget is imposed twice: ComfyUI is told to leave the rest of the card alone (--reserve-vram), and torch
-is forbidden to take more. Models are loaded by ComfyUI's plain memory management: the dynamic one belongs to its server.
-Nothing of this has run on a card yet.
+published ones. A budget is imposed twice: the card says that it is as small (so that ComfyUI loads and batches as it would
+there), and torch is forbidden to take more. Models are loaded by ComfyUI's plain memory management: the dynamic one belongs
+to its server. Each task runs twice, on other sources. Nothing of this has run on a card yet.
 
 ``peak_gb`` is the most that torch had taken from the card; without one, the most that the process held.
 """
@@ -45,6 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--comfyui", type=Path, help="its folder (default: COMFYUI_PATH, or ~/comfy/ComfyUI)")
+    add("--python", help="that runs it (default: COMFYUI_PYTHON, its own environment's, or this one)")
     add("--tree", type=Path, required=True, help="Lance_3B, Lance_3B_Video, Qwen2.5-VL-ViT and Wan2.2_VAE.pth")
     add("--random", action="store_true", help="make the tree first (28 GB), with the tokenizer of the test's checkpoint")
     add("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
@@ -103,16 +104,18 @@ def quantised(tree: Path, file: str, form: str) -> None:
 
 def main() -> None:
     options = parse()
-    from comfy_server import comfyui_python, find_comfyui
+    comfyui, python = options.comfyui, options.python
+    if comfyui is None or python is None:
+        from comfy_server import comfyui_python, find_comfyui
 
-    comfyui = options.comfyui or find_comfyui()
-    if comfyui is None:
-        raise SystemExit("No ComfyUI was found.\nName its folder with --comfyui.")
+        if (comfyui := comfyui or find_comfyui()) is None:
+            raise SystemExit("No ComfyUI was found.\nName its folder with --comfyui.")
+        python = python or comfyui_python(comfyui)
     if options.random:
         random_tree(options.tree)
     for cell in cells(options):
         quantised(options.tree, cell["file"], cell["format"])
-        command = [comfyui_python(comfyui), __file__, json.dumps(cell), ROOT, options.tree.resolve()]
+        command = [python, __file__, json.dumps(cell), ROOT, options.tree.resolve()]
         done = subprocess.run(command, cwd=comfyui, capture_output=True, text=True, check=False)
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": last_line(done.stderr)}
         line = {"bench": "footprint", **cell, **found}
@@ -131,15 +134,21 @@ def last_line(text: str) -> str:
 # In ComfyUI's process
 
 
+def shrink_card(budget: int) -> None:
+    """To a number of bytes, before ComfyUI asks for its size; what torch has taken is no longer free."""
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+    torch.cuda.mem_get_info = lambda device=None: (max(0, budget - torch.cuda.memory_reserved(device)), budget)
+
+
 def run_cell(cell: dict[str, Any], pack: str, tree: str) -> dict[str, Any]:
     import torch
-    from comfy.cli_args import args
 
     card, budget = not cell["cpu"], cell["budget_gb"]
     if card and budget is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget * GIGA / total))
-        args.reserve_vram = max(0.0, total - budget * GIGA) / 2**30
+        shrink_card(int(budget * GIGA))
     import comfy_memory_runs as runs
 
     for folder in runs.FOLDERS:
@@ -166,10 +175,10 @@ def work(graph: Any, nodes: Any, runs: Any, cell: dict[str, Any]) -> Callable[[i
     import torch
 
     height, width, frames = cell["size"]
-    source = torch.rand(frames, height, width, 3)
+    sources = iter(torch.rand(2, frames, height, width, 3))  # another for each call: one that is known is not read again
 
     def answer(_: int) -> object:
-        tokens = nodes.LanceNativeViTEncode.execute(graph.clip, source, "auto", SOURCE_FPS).result[0]
+        tokens = nodes.LanceNativeViTEncode.execute(graph.clip, next(sources), "auto", SOURCE_FPS).result[0]
         task = "x2t_image" if frames == 1 else "x2t_video"
         context = nodes.LanceNativeContext.execute(graph.clip, task, "look", "", "", visuals={"visual_0": tokens}).result[0]
         return graph.answer(context, TOKENS)
@@ -177,6 +186,7 @@ def work(graph: Any, nodes: Any, runs: Any, cell: dict[str, Any]) -> Callable[[i
     def draw(steps: int) -> object:
         context, latent = None, nodes.LanceNativeEmptyLatent.execute("custom", width, height, frames, 0.0, 1).result[0]
         if "edit" in cell["task"]:
+            source = next(sources)
             tokens = nodes.LanceNativeViTEncode.execute(graph.clip, source, "auto", SOURCE_FPS).result[0]
             code = nodes.LanceNativeVAEEncode.execute(graph.vae, source, "auto", SOURCE_FPS).result[0]
             visuals = {"visual_0": tokens, "visual_1": code}

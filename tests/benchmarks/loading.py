@@ -41,6 +41,14 @@ def write_checkpoint(path: Path, model: Lance) -> None:
         os.fsync(stream.fileno())
 
 
+def draw_weights(bench: Bench, config: LanceConfig) -> Lance:
+    """A network of random weights, made where it computes."""
+    model = build_lance(config).to(bench.dtype).to_empty(device=bench.device)
+    for parameter in model.parameters():
+        parameter.uniform_(-0.03, 0.03) if parameter.ndim > 1 else parameter.fill_(1.0)
+    return model
+
+
 def process_peak_bytes() -> int:
     import resource  # not on Windows
 

@@ -25,7 +25,8 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from alive import Alive
-from bench import Counted, count, make_context
+from bench import make_context
+from counting import Counted, count
 
 from lance_runtime.components import build_lance
 from lance_runtime.config import EMBED_KEY, LanceConfig
