@@ -92,7 +92,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the layers: slow at first, faster after")
     group.add_argument(
-        "--cuda-graphs", action="store_true", help="for a card that waits for its host: launch a step as a whole"
+        "--cuda-graphs", action="store_true", help="launch a step as one CUDA graph, where the CPU is the bottleneck"
     )
     group.add_argument("--tiled-vae", action="store_true", help="encode and decode pictures in tiles, in less memory")
 
@@ -124,7 +124,7 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shift", type=float, default=3.5, help="schedule shift (default: %(default)s)")
     group.add_argument("--seed", type=int, default=42, help="of the noise, or of sampled text (default: %(default)s)")
     group.add_argument(
-        "--batch", type=int, default=1, help="results at once, from --seed, --seed + 1, ..., which their files' names end in"
+        "--batch", type=int, default=1, help="number of results; their seeds count up from --seed and end the files' names"
     )
 
 

@@ -24,7 +24,7 @@ VIT_PREFIX = "vit_model."
 # Rows of the position table that Lance_3B carries (one latent frame of 64 x 64); the video checkpoint's has more frames.
 IMAGE_TABLE_ROWS = 64 * 64
 ANY_VARIANT, VARIANT_HEADER = "any", "lance_variant"
-HEADER_TENSOR = "lance_header"  # see pack_header
+HEADER_TENSOR = "lance_header"  # see pack_json
 # What tells weights that ComfyUI's own machinery quantised: a tensor a layer, a header entry, or the first way of all.
 QUANT_TENSOR, QUANT_HEADER, OLD_QUANT_TENSOR = ".comfy_quant", "_quantization_metadata", "scaled_fp8"
 SCALE_NAMES = (".weight_scale", ".scales", ".scale_weight")
@@ -42,12 +42,12 @@ FRONT = re.compile(
 )
 
 
-def pack_header(header: Mapping[str, str]) -> Tensor:
-    """Metadata as a tensor of bytes, for a host that saves tensors alone."""
-    return torch.frombuffer(bytearray(json.dumps(dict(header)).encode("utf-8")), dtype=torch.uint8)
+def pack_json(values: Mapping[str, Any]) -> Tensor:
+    """JSON as a tensor of bytes: metadata for a host that saves tensors alone, and ComfyUI's notes on quantised layers."""
+    return torch.frombuffer(bytearray(json.dumps(dict(values)).encode("utf-8")), dtype=torch.uint8)
 
 
-def unpack_header(packed: Tensor) -> dict[str, str]:
+def unpack_json(packed: Tensor) -> dict[str, Any]:
     return json.loads(packed.numpy().tobytes())
 
 
@@ -82,7 +82,7 @@ class TensorFile(Tensors):
         else:
             self._open_safetensors()
         if HEADER_TENSOR in self.shapes:  # no weight: metadata, wherever it is kept
-            self.metadata = {**unpack_header(self[HEADER_TENSOR]), **self.metadata}
+            self.metadata = {**unpack_json(self[HEADER_TENSOR]), **self.metadata}
             del self.shapes[HEADER_TENSOR], self.dtypes[HEADER_TENSOR]
 
     @property
@@ -96,7 +96,7 @@ class TensorFile(Tensors):
         self.dtypes = {name: entry["dtype"] for name, entry in header.items()}
         try:
             self._file = safe_open(str(self.path), framework="pt")
-        except SafetensorError as error:  # no ValueError of its own kind: a type that this release does not know, say
+        except SafetensorError as error:  # which is no ValueError: an unknown type of numbers, say
             raise ValueError(
                 f"{self.path.name} ({self.path.stat().st_size} bytes) cannot be read by safetensors "
                 f"{safetensors.__version__}: {_first_line(error)}\nUpdate safetensors, or download the file again."
@@ -110,7 +110,7 @@ class TensorFile(Tensors):
             size = self.path.stat().st_size
             if found := FOREIGN_OBJECT.search(str(error)):
                 raise ValueError(
-                    f"{self.path.name} ({size} bytes) holds objects of Python ({found[1]}), which are never loaded.\n"
+                    f"{self.path.name} ({size} bytes) contains Python objects ({found[1]}), which are never loaded.\n"
                     "Save the weights alone: torch.save(model.state_dict(), ...)."
                 ) from error
             raise ValueError(
@@ -132,17 +132,6 @@ class TensorFile(Tensors):
         if name not in self.shapes:
             raise KeyError(name)
         return self._pickled[name] if hasattr(self, "_pickled") else self._file.get_tensor(name)
-
-
-class Renamed(Tensors):
-    """A part of a file's tensors under canonical names; ``names`` maps canonical to stored."""
-
-    def __init__(self, file: TensorFile, names: Mapping[str, str]) -> None:
-        self.file, self.names = file, dict(names)
-        self.shapes = {name: file.shapes[stored] for name, stored in self.names.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.file[self.names[name]]
 
 
 # What a file may hold beside the network: what is computed, the vision tower, and what ComfyUI saves along.
@@ -172,13 +161,10 @@ def canonical_names(stored: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def model_tensors(file: TensorFile) -> Renamed:
-    """The decoder's and the glue's tensors of a Lance checkpoint; ``ValueError`` names what any other file is.
-
-    They are those that are stored: ``dequantize.plain_tensors`` gives whole weights for quantised ones.
-    """
+def model_names(file: TensorFile) -> dict[str, str]:
+    """Canonical to stored names of the decoder's and the glue's tensors; ``ValueError`` names what no Lance checkpoint is."""
     check_is_lance(file)
-    return Renamed(file, {name: stored for name, stored in canonical_names(file).items() if not is_beside(name)})
+    return {name: stored for name, stored in canonical_names(file).items() if not is_beside(name)}
 
 
 def vit_name(stored: str) -> str:
@@ -186,8 +172,8 @@ def vit_name(stored: str) -> str:
     return canonical_name(stored).removeprefix(VIT_PREFIX).removeprefix("visual.")
 
 
-def vit_tensors(file: TensorFile) -> Renamed:
-    """The ViT's tensors of a file, as stored: the checkpoint's own (``vit_model.*``), or those of a file that is a ViT."""
+def vit_names(file: TensorFile) -> dict[str, str]:
+    """Names in the ViT to stored ones: of the checkpoint's own (``vit_model.*``), or of a file that is a ViT."""
     own = [name for name in file if canonical_name(name).startswith(VIT_PREFIX)]
     names = {vit_name(name): name for name in own or file}
     if "patch_embed.proj.weight" not in names:
@@ -195,7 +181,7 @@ def vit_tensors(file: TensorFile) -> Renamed:
             f"{file.path.name} is {identify(file)}, not the vision tower of Qwen2.5-VL.\n"
             f"Use Qwen2.5-VL-ViT/vit.safetensors of {HUB}."
         )
-    return Renamed(file, names)
+    return names
 
 
 def has_own_vit(file: TensorFile) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .types import LANCE_3B, TrainedSizes
@@ -127,7 +127,7 @@ class VisionConfig:
     temporal_patch_size: int = 2
     window_size: int = 112
     tokens_per_second: int = 2
-    fullatt_block_indexes: tuple[int, ...] = field(default=(7, 15, 23, 31))
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     bfloat16_frequencies: bool = True  # see ``vision.RotaryAngles``
 
     @classmethod

@@ -22,7 +22,7 @@ from .prefill import prefill
 from .recorded import Recorded
 from .tokenizer import IM_END, LanceTokenizer
 
-# Tokens of an answer that a recording pays for; and keys, which attention under a mask does not share out among processors.
+# The shortest answer that is worth a recording, and the most keys: masked attention does not split them among processors.
 LEAST_RECORDED, MOST_KEYS_RECORDED = 32, 4096
 MASK_MULTIPLE = 16  # what torch would pad a mask to, in every layer
 
@@ -155,7 +155,7 @@ def token_reader(engine: Engine, cache: KVCache, position: int, tokens: int) -> 
 
 @without_cudnn_attention()
 def states_in_place(engine: Engine, cache: KVCache, rope: Rope, first: int, row: Tensor, place: Tensor) -> Tensor:
-    """``next_states`` in which no number of the host's changes from token to token.
+    """``next_states`` with its position in a tensor, so that one graph serves every token.
 
     row: the token's embedding (1, 1, D). place (1): its place in the rotary table, and behind the first so many tokens of
     the cache. Attention sees all places of the cache, and a mask keeps out those that are not written yet.

@@ -47,7 +47,7 @@ def flow_sigmas(steps: int, shift: float = 3.5) -> Tensor:
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"Shift {shift} is not a positive number.\nThe default is 3.5; 1 leaves the schedule linear.")
     tau = torch.linspace(1, 0, steps + 1)
-    return (shift * tau / (1 + (shift - 1) * tau)).clamp(max=1.0)  # which rounding passes at a shift of 2.14
+    return (shift * tau / (1 + (shift - 1) * tau)).clamp(max=1.0)  # rounding goes beyond 1 at a shift of 2.14
 
 
 def check_sigmas(sigmas: Sequence[float]) -> Tensor:

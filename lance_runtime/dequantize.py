@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .checkpoint import (
@@ -17,9 +16,10 @@ from .checkpoint import (
     Tensors,
     canonical_name,
     canonical_names,
-    model_tensors,
+    model_names,
+    unpack_json,
     vit_name,
-    vit_tensors,
+    vit_names,
 )
 from .quant_formats import AWQ, COMMUNITY_NVFP4, NATIVE, Format
 
@@ -70,7 +70,7 @@ def plain_tensors(file: TensorFile) -> DequantizedTensors:
 
     ``ValueError`` names what any other file is, and formats that are not known.
     """
-    names = model_tensors(file).names
+    names = model_names(file)
     return DequantizedTensors(file, names, quantised_layers(file, names))
 
 
@@ -81,8 +81,8 @@ def all_tensors(file: TensorFile) -> DequantizedTensors:
 
 
 def plain_vit_tensors(file: TensorFile) -> DequantizedTensors:
-    """The vision tower's whole weights, of a file as ``checkpoint.vit_tensors`` takes it."""
-    names = vit_tensors(file).names
+    """The vision tower's whole weights, of a file as ``checkpoint.vit_names`` takes it."""
+    names = vit_names(file)
     return DequantizedTensors(file, names, quantised_layers(file, names, vit_name))
 
 
@@ -106,7 +106,7 @@ def _settings(file: TensorFile, names: Mapping[str, str], canonical: Callable[[s
     for name, stored in names.items():
         layer, _, part = name.rpartition(".")
         if part == QUANT_TENSOR[1:]:
-            found[layer] = json.loads(bytes(file[stored].to(torch.uint8).tolist()))
+            found[layer] = unpack_json(file[stored])
         elif part == "scale_weight":
             found[layer] = {"format": "float8_e4m3fn"}
         elif part == "qweight":

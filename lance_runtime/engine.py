@@ -18,9 +18,9 @@ from .types import AttentionFunction
 class Engine:
     """A network, the type and device of its hidden states, and the host's hooks.
 
-    attention: the backend. layer_hook: see ``Lance.run_layers``. attention_hook: may change what attention gave the tokens of a
-    target, (B, 2 + tokens, H * d), the two vision tokens first. cuda_graphs: steps of few tokens and the tokens of answers are
-    launched as graphs (``recorded``).
+    attention: the backend. layer_hook: see ``Lance.run_layers``. attention_hook: may change attention's output for the
+    tokens of a target, (B, 2 + tokens, H * d), the two vision tokens first. cuda_graphs: steps of few tokens and the tokens of
+    answers are launched as graphs (``recorded``).
     """
 
     model: Lance

@@ -115,8 +115,8 @@ def read_vision_config(file: TensorFile | None, config_file: Path) -> VisionConf
     return VisionConfig.from_json(_parsed(beside.read_text("utf-8"), str(beside))) if beside.is_file() else VisionConfig()
 
 
-def read_tokenizer(file: TensorFile) -> LanceTokenizer:
-    """From the header's metadata, from the files beside the checkpoint, or from those of the ComfyUI around it.
+def read_tokenizer(file: TensorFile, bundled: Path | None = None) -> LanceTokenizer:
+    """From the header's metadata, from the files beside the checkpoint, or from those of ComfyUI: around it, or ``bundled``.
 
     Beside a checkpoint that the page saved as Lance_3B.safetensors they are in the folder Lance_3B/.
     """
@@ -126,7 +126,7 @@ def read_tokenizer(file: TensorFile) -> LanceTokenizer:
         return LanceTokenizer.from_folder(file.path.parent)
     except FileNotFoundError:
         around = (parent / COMFYUI_TOKENIZER for parent in file.path.absolute().parents)
-        places = (file.path.with_suffix(""), *around)
+        places = (file.path.with_suffix(""), *around, *([bundled] if bundled else []))
         if (folder := next((place for place in places if place.is_dir()), None)) is None:
             raise
         return LanceTokenizer.from_folder(folder)
@@ -174,8 +174,10 @@ def find_model(path: Path, variant: str) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        remedy = f"Give the folder that holds {VARIANT_FOLDERS[variant]}/. To fetch {HUB}: python -m lance_runtime download"
-        raise FileNotFoundError(f"{path} does not exist.\n{remedy}")
+        raise FileNotFoundError(
+            f"{path} does not exist.\nGive the folder that holds {VARIANT_FOLDERS[variant]}/; python -m lance_runtime download "
+            f"fetches {HUB}."
+        )
     home, hub = _home(path), VARIANT_FOLDERS[variant]
     folders = (home, *(home / name for name in MODEL_HOMES))
     fixed = [folder / hub / name for folder in folders for name in MODEL_NAMES]

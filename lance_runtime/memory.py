@@ -17,7 +17,7 @@ MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device had too little memory: every maker's says so in words alone."""
+    """Whether a device ran out of memory; only the message tells on every backend."""
     return any(said in str(error).lower() for said in ("out of memory", "not enough memory"))
 
 

@@ -132,10 +132,11 @@ class LancePipeline:
 
         images: PIL images or uint8 HWC. video: uint8 (T, H, W, 3) at ``fps`` (24). instruction: own system sentence.
         height, width, num_frames: size of the target where no source decides it (default: what the model was trained on).
-        resolution: preset of the sources.
+        resolution: preset of the sources, of ``preprocess.presets``.
         steps, shift, or sigmas: the schedule. guidance: see ``Guidance``. negative_prompt: in place of no prompt.
         given_frames: {latent frame: image or 4 frames}, counted from the end where negative. context: a ready-made one.
-        batch: samples at once, with the seeds ``seed``, ``seed + 1``, ... noise: (48, t, h, w) instead of the seed.
+        seed: of the noise, or of a sampled answer. noise: (48, t, h, w) instead of it. batch: samples at once, with the seeds
+        ``seed``, ``seed + 1``, ...
         question, max_new_tokens, temperature, top_p: for the tasks that answer. progress: called with (done, total).
         Wrong calls raise ``ValueError``: first line what is wrong with both numbers, second line what to do.
         """

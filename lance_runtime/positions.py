@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .types import LatentShape, Modality
 
-SECONDS_PER_GRID_STEP = 1
 TOKENS_PER_SECOND = 2
 # First temporal position of each shifted modality (paper section on MaPE; reference: data/common.py, shift_position_ids).
 MAPE_FIRST_POSITION = {Modality.VIT: 1000, Modality.SUBJECT: 2000}
@@ -24,7 +23,7 @@ def visual_positions(start: int, grid: LatentShape) -> Tensor:
     The axes count from ``start + 1``, two a frame in time; ``<|vision_end|>`` follows the largest of them.
     """
     t, h, w = (torch.arange(size) for size in grid)
-    inner = torch.stack(torch.meshgrid(t * TOKENS_PER_SECOND * SECONDS_PER_GRID_STEP, h, w, indexing="ij")).flatten(1)
+    inner = torch.stack(torch.meshgrid(t * TOKENS_PER_SECOND, h, w, indexing="ij")).flatten(1)
     inner = inner + start + 1
     end = int(inner.max()) + 1
     return torch.cat([text_positions(start, 1), inner, text_positions(end, 1)], dim=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import QUANT_TENSOR, TensorFile, Tensors, is_quantised, model_tensors
+from .checkpoint import QUANT_TENSOR, TensorFile, Tensors, is_quantised, model_names, pack_json
 from .files import header_of
 from .quant_formats import FORMATS, Format
 from .saving import Piece, Spec, check_new, write_tensors
@@ -77,14 +76,14 @@ def quantize(file: TensorFile, path: Path, plan: Plan, progress: Callable[[int, 
     check_new(path)
     if is_quantised(file):
         raise ValueError(f"{file.path.name} is quantised already.\nStart from the full checkpoint.")
-    stored, written = model_tensors(file), Written(path)
-    chosen = set(plan.chosen(stored.shapes))
+    stored, written = model_names(file), Written(path)
+    chosen = set(plan.chosen({name: file.shapes[source] for name, source in stored.items()}))
     if not chosen:
         raise ValueError(f"0 of {len(stored)} weights are left to quantise.\nKeep fewer layers than {list(plan.keep_layers)}.")
-    others = {name: name for name in file if name not in set(stored.names.values())}  # the vision tower, the position table
+    others = {name: name for name in file if name not in set(stored.values())}  # the vision tower, the position table
     pieces = [
         _quantised(file, name, source, plan.kind, written.errors) if name in chosen else copied(file, name, source)
-        for name, source in (stored.names | others).items()
+        for name, source in (stored | others).items()
     ]
     written.before = sum(Spec(torch.bfloat16, shape).nbytes for shape in file.shapes.values())
     written.after = sum(spec.nbytes for piece in pieces for spec in piece.specs.values())
@@ -98,8 +97,7 @@ def copied(tensors: Tensors, name: str, source: str) -> Piece:
 
 
 def _quantised(file: TensorFile, name: str, source: str, kind: Format, errors: dict[str, float]) -> Piece:
-    layer, said = name.removesuffix(".weight"), json.dumps({"format": kind.name, **kind.settings})
-    note = torch.tensor(list(said.encode()), dtype=torch.uint8)
+    layer, note = name.removesuffix(".weight"), pack_json({"format": kind.name, **kind.settings})
 
     def named(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {f"{layer}.{part}": tensor for part, tensor in parts.items()} | {layer + QUANT_TENSOR: note}

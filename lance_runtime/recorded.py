@@ -18,7 +18,7 @@ CAPTURING = Lock()  # one at a time in a process
 
 
 class Recorded:
-    """A function of tensors, whose shapes and whose own kernels are the same at each call.
+    """A function of tensors whose shapes and kernels are the same in every call.
 
     The first call runs it as it is, so that libraries are set up and kernels loaded outside a recording. The second records
     it, and from then on it is replayed. What it reads beside its inputs, and writes, must stay where it is.

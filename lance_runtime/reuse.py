@@ -1,4 +1,4 @@
-"""What several questions about the same pictures have in common is read once and kept, within a number of bytes."""
+"""Keys, values and ViT tokens of pictures that may be asked about again, within a limit of bytes."""
 
 from __future__ import annotations
 

@@ -54,10 +54,9 @@ class WanVAE:
     less memory; the result differs a little, since each tile sees itself only.
     """
 
-    def __init__(self, module: Any, device: torch.device | str | None = None, tiled: bool = False) -> None:
+    def __init__(self, module: Any) -> None:
         weight = next(module.parameters())
-        self.module, self.dtype, self.tiled = module, weight.dtype, tiled
-        self.device = torch.device(device) if device is not None else weight.device
+        self.module, self.dtype, self.device, self.tiled = module, weight.dtype, weight.device, False
 
     @classmethod
     def from_tensors(

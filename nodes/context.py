@@ -20,6 +20,7 @@ from .pictures import (
     sizes_of,
     source_input,
     source_latent,
+    stills,
 )
 from .schema import CATEGORY, LanceContext, LanceVitTokens, io
 
@@ -203,8 +204,7 @@ class LanceNativeEdit(io.ComfyNode):
     def execute(
         cls, clip: Any, vae: Any, resolution: str, batch_size: int, images: dict | None = None, video: Any = None
     ) -> io.NodeOutput:
-        sources = [image[:1] for image in (images or {}).values() if image is not None]
-        sources += [] if video is None else [video]
+        sources = [*stills(images), *([] if video is None else [video])]
         if not sources:
             raise ValueError("Lance Edit has 0 pictures to change; it needs 1 or more.\nConnect an image or a video.")
         task = "image_edit" if video is None else "video_edit"
@@ -231,7 +231,9 @@ class LanceNativeSubject(io.ComfyNode):
                 io.Autogrow.Input("images", template=images, tooltip="One picture a subject; many tend to melt into one."),
                 resolution_input(),
                 io.Latent.Input(
-                    "latent", optional=True, tooltip="The latent to begin with: where it is a video, 'auto' sees as for videos."
+                    "latent",
+                    optional=True,
+                    tooltip="The latent to begin with. If it is a video, 'auto' takes the size class of videos.",
                 ),
             ],
             outputs=[
@@ -244,10 +246,6 @@ class LanceNativeSubject(io.ComfyNode):
         lance = lance_of(clip)
         if resolution == AUTO and latent is not None:  # a subject is as large as the task's other pictures, as in training
             resolution = lance.sizes.preset(video=grid_of(latent).frames > 1)
-        parts = [
-            _both_streams(clip, vae, image[:1], resolution, FPS, Modality.SUBJECT)
-            for image in images.values()
-            if image is not None
-        ]
+        parts = [_both_streams(clip, vae, image, resolution, FPS, Modality.SUBJECT) for image in stills(images)]
         system = system_sentence("subject_image")
         return io.NodeOutput(open_context(lance.tokenizer, system, [s for part in parts for s in part]))

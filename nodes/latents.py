@@ -76,7 +76,7 @@ class LanceNativeEmptyLatent(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.25,
-                    tooltip="Instead of frames, where above 0.",
+                    tooltip="Overrides frames when above 0.",
                     advanced=True,
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Results to draw at once."),

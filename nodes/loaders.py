@@ -1,20 +1,25 @@
 """Load Lance: files of ComfyUI's own model folders -> MODEL, CLIP, VAE."""
 
 import logging
+from pathlib import Path
+
+import comfy.sd
 
 from ..lance_runtime.checkpoint import TensorFile, guess_variant
+from ..lance_runtime.files import COMFYUI_TOKENIZER, read_tokenizer
 from .clip import make_clip
 from .model_files import NANO_CHOICE, model_files, model_path
 from .model_loading import WEIGHT_TYPES, load_model
 from .pictures import mark_sizes
 from .schema import CATEGORY, io
-from .tokenizers import find_tokenizer
 from .vae import load_vae
 from .vit import AUTO as AUTO_VIT
 from .vit import VisionTower
 
 LOGGER = logging.getLogger("lance")
 VARIANTS = ["auto", "image", "video"]
+# Qwen2.5's, for checkpoints without one, wherever they lie.
+BUNDLED = Path(comfy.sd.__file__).parents[1] / COMFYUI_TOKENIZER
 
 
 class LanceNativeLoader(io.ComfyNode):
@@ -91,7 +96,7 @@ class LanceNativeLoader(io.ComfyNode):
         path = model_path("diffusion_models", model_name)
         vae_path = model_path("vae", vae_name)
         file = TensorFile(path)
-        tokenizer = find_tokenizer(file)
+        tokenizer = read_tokenizer(file, BUNDLED)
         patcher = load_model(path, tokenizer, weight_type, _variant(file, variant))
         tower = VisionTower(path, vit_name, patcher.model.get_dtype_inference())
         vae = mark_sizes(load_vae(vae_path), patcher.model.sizes)

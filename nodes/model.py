@@ -18,7 +18,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from ..lance_runtime.checkpoint import ANY_VARIANT, HEADER_TENSOR, VARIANT_HEADER, VIT_PREFIX, pack_header
+from ..lance_runtime.checkpoint import ANY_VARIANT, HEADER_TENSOR, VARIANT_HEADER, VIT_PREFIX, pack_json
 from ..lance_runtime.config import LanceConfig
 from ..lance_runtime.denoise import BATCHED_TOKENS, predict_velocity
 from ..lance_runtime.engine import Engine
@@ -201,7 +201,7 @@ class LanceModel(comfy.model_base.BaseModel):
         # ComfyUI's save nodes keep tensors alone.
         header = {**self.header, **({} if self.variant is None else {VARIANT_HEADER: self.variant})}
         tower = {VIT_PREFIX + name: tensor for name, tensor in self.own_tower.items()}
-        return {**super().state_dict_for_saving(*parts, **more), **tower, HEADER_TENSOR: pack_header(header)}
+        return {**super().state_dict_for_saving(*parts, **more), **tower, HEADER_TENSOR: pack_json(header)}
 
     def get_dtype_inference(self) -> torch.dtype:
         # ``--force-fp16`` and Select Model Device do not ask what a model supports.

@@ -18,9 +18,9 @@ from ..lance_runtime.checkpoint import (
     check_names,
     guess_variant,
     has_own_vit,
-    model_tensors,
-    pack_header,
-    unpack_header,
+    model_names,
+    pack_json,
+    unpack_json,
 )
 from ..lance_runtime.components import build_lance
 from ..lance_runtime.dequantize import plain_tensors, plain_vit_tensors
@@ -147,15 +147,15 @@ def _forget_questions(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bo
 def _state(file: TensorFile) -> dict[str, Tensor]:
     """A file's tensors under canonical names, quantised layers marked in the way that ComfyUI's layers read today."""
     state, metadata = (file, {}) if file.is_pickle else comfy.utils.load_torch_file(str(file.path), return_metadata=True)
-    state = {name: state[stored] for name, stored in model_tensors(file).names.items()}
+    state = {name: state[stored] for name, stored in model_names(file).items()}
     state, _ = comfy.utils.convert_old_quants(state, "", metadata=metadata)
     # The header may name layers with the prefix that their tensors had.
     state = {canonical_name(name): tensor for name, tensor in state.items()}
     for name in [name for name in state if name.endswith(QUANT_TENSOR)]:
-        how = unpack_header(state[name])
+        how = unpack_json(state[name])
         # A file of others may not say it (see FULL_PRECISION), and a card that multiplies in fp8 would cut the inputs.
         if how["format"].startswith("float8") and name.replace(QUANT_TENSOR, ".input_scale") not in state:
-            state[name] = pack_header({**FULL_PRECISION, **how})
+            state[name] = pack_json({**FULL_PRECISION, **how})
     return state
 
 
@@ -170,7 +170,7 @@ def _set_dtypes(config: LanceModelConfig, state: dict, device: torch.device, wan
     quantised = comfy.utils.detect_layer_quantization(state, "")
     if quantised:
         config.quant_config = quantised
-        formats = {unpack_header(tensor)["format"] for name, tensor in state.items() if name.endswith(QUANT_TENSOR)}
+        formats = {unpack_json(tensor)["format"] for name, tensor in state.items() if name.endswith(QUANT_TENSOR)}
         if multiplies_in_parts() and any(name.startswith("int8") for name in formats):
             config.memory_usage_factor = INT8_IN_PARTS
         wanted = None if wanted is not None and wanted.itemsize == 1 else wanted  # the other layers are small on purpose

@@ -61,6 +61,11 @@ def sizes_of(vae: Any) -> TrainedSizes:
     return getattr(vae, "lance_sizes", LANCE_3B)
 
 
+def stills(images: dict | None) -> list[Tensor]:
+    """The pictures that are connected to growing inputs (1, H, W, C), of a batch the first."""
+    return [image[:1] for image in (images or {}).values() if image is not None]
+
+
 def mark_sizes(vae: Any, sizes: TrainedSizes) -> Any:
     """Nodes that see no model but a VAE must still know Nano's sizes."""
     vae.lance_sizes = sizes

@@ -13,7 +13,7 @@ from ..lance_runtime.grounding import find_boxes
 from ..lance_runtime.preprocess import vit_area, vit_size
 from ..lance_runtime.prompts import enhancement, system_sentence
 from .clip import LanceTextModel, answer_of, lance_of
-from .pictures import AUTO, SAMPLED, resolution_input, seen
+from .pictures import AUTO, SAMPLED, resolution_input, seen, stills
 from .progress import node_of, say
 from .schema import CATEGORY, LanceContext, io
 
@@ -91,8 +91,7 @@ class LanceNativeAsk(io.ComfyNode):
                 LanceContext.Input(
                     "context",
                     optional=True,
-                    tooltip="Instead of pictures: a context of your own. "
-                    "Pictures beside it only say whose pixels boxes are in.",
+                    tooltip="Instead of pictures: a context of your own. Pictures beside it only give boxes their coordinates.",
                 ),
                 resolution_input(),
                 *sampling_inputs(),
@@ -121,7 +120,7 @@ class LanceNativeAsk(io.ComfyNode):
         context: Context | None = None,
     ) -> io.NodeOutput:
         lance, question = lance_of(clip), question.strip()
-        sources = [image[:1] for image in (images or {}).values() if image is not None] + ([] if video is None else [video])
+        sources = [*stills(images), *([] if video is None else [video])]
         if context is None and not sources and not question:
             raise ValueError(
                 "Lance Ask has 0 pictures to describe; it needs 1 or more.\nConnect an image or a video, or write a question."

@@ -167,15 +167,15 @@ def foreign(nodes: Any) -> dict:
     tensors = {name: file[name] for name in file}
     marks = [name for name in tensors if name.endswith(checkpoint.QUANT_TENSOR)]
     for mark in marks:
-        how = checkpoint.unpack_header(tensors[mark])
-        tensors[mark] = checkpoint.pack_header({"format": how["format"]})
+        how = checkpoint.unpack_json(tensors[mark])
+        tensors[mark] = checkpoint.pack_json({"format": how["format"]})
     scaled = marks[0].replace(checkpoint.QUANT_TENSOR, ".input_scale")
     tensors[scaled] = torch.tensor(2.0)
     place = Path(sys.argv[3], "foreign.safetensors")
     save_file(tensors, place, metadata=file.metadata)
     state = room._state(checkpoint.TensorFile(place))
     place.unlink()
-    said = {mark: checkpoint.unpack_header(state[mark]).get("full_precision_matrix_mult", False) for mark in marks}
+    said = {mark: checkpoint.unpack_json(state[mark]).get("full_precision_matrix_mult", False) for mark in marks}
     return {"scaled": said.pop(marks[0]), "others": sorted(set(said.values())), "count": len(said)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = ("en", "zh", "ja", "ko")
-FILES = ("main", "nodeDefs", "settings")
+FILES = ("main", "nodeDefs")
 
 
 def read(language: str, file: str = "nodeDefs") -> dict[str, Any]:

@@ -25,12 +25,11 @@ from lance_runtime.checkpoint import (
     TensorFile,
     guess_variant,
     identify,
-    model_tensors,
-    pack_header,
-    vit_tensors,
+    pack_json,
 )
 from lance_runtime.components import assign, build_lance, load_components
 from lance_runtime.config import LanceConfig, VisionConfig
+from lance_runtime.dequantize import plain_tensors, plain_vit_tensors
 from lance_runtime.files import find_sources
 from lance_runtime.model.vision import build_vision
 from lance_runtime.tokenizer import LanceTokenizer
@@ -178,7 +177,7 @@ class Watched(TensorFile):
 
 def test_opening_reads_no_tensor():
     file = Watched(VIDEO_MODEL)
-    model_tensors(file), vit_tensors(file), identify(file), guess_variant(file)
+    plain_tensors(file), plain_vit_tensors(file), identify(file), guess_variant(file)
     assert file.read == []
 
 
@@ -187,7 +186,7 @@ def test_each_tensor_is_read_once_and_let_go_before_the_next():
     model = build_lance(find_sources(goldens.CHECKPOINT, "video").config)
     gc.disable()
     try:
-        assign(model, model_tensors(file), torch.float32, CPU)
+        assign(model, plain_tensors(file), torch.float32, CPU)
     finally:
         gc.enable()
     assert sorted(file.read) == sorted(model.state_dict())
@@ -294,7 +293,8 @@ def test_a_file_that_others_saved_loads(tree, drawn, prefix):
 def test_a_video_checkpoint_that_others_saved_has_its_tower(tree):
     path = tree / "Lance_3B_Video" / "model.safetensors"
     rewrite(path, lambda tensors: {"module." + k: v for k, v in tensors.items()})
-    found, expected = (vit_tensors(TensorFile(p)) for p in (path, goldens.CHECKPOINT / "Lance_3B_Video" / "model.safetensors"))
+    files = (path, goldens.CHECKPOINT / "Lance_3B_Video" / "model.safetensors")
+    found, expected = (plain_vit_tensors(TensorFile(file)) for file in files)
     assert guess_variant(TensorFile(path)) == "video"
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -541,7 +541,7 @@ def test_words_alone_need_no_vision_tower(tree, drawn):
 def test_objects_beside_the_weights_of_a_pickle_are_named(tmp_path):
     torch.save({"args": argparse.Namespace(a=1), "state_dict": {"a": torch.zeros(2)}}, tmp_path / "x.ckpt")
     message = refusal(TensorFile, tmp_path / "x.ckpt")
-    assert "holds objects of Python (argparse.Namespace)" in message
+    assert "contains Python objects (argparse.Namespace)" in message
     assert "torch.save(model.state_dict()" in message
 
 
@@ -826,7 +826,7 @@ def test_a_pickle_of_something_else_is_refused(tree, value):
 def test_metadata_may_be_a_tensor(tmp_path):
     """As ComfyUI's save nodes keep it; what is in the header itself goes first."""
     header = {"llm_config_json": '{"a": "ü"}', "lance_variant": "video"}
-    tensors = {"a": torch.ones(2), HEADER_TENSOR: pack_header(header)}
+    tensors = {"a": torch.ones(2), HEADER_TENSOR: pack_json(header)}
     save_file(tensors, tmp_path / "a.safetensors", {"lance_variant": "image"})
     file = TensorFile(tmp_path / "a.safetensors")
     assert list(file) == ["a"]

@@ -14,7 +14,8 @@ from graphs import empty, loader, node
 from sampler_graphs import CFG, NEGATIVE, PROMPT, SEED, STEPS, base, ksampler, latents, with_patch
 
 from lance_runtime import Guidance, LancePipeline
-from lance_runtime.checkpoint import TensorFile, guess_variant, has_own_vit, vit_tensors
+from lance_runtime.checkpoint import TensorFile, guess_variant, has_own_vit
+from lance_runtime.dequantize import plain_vit_tensors
 
 pytestmark = pytest.mark.comfy
 ACTS, EXACT = 1e-3, 1e-5
@@ -166,7 +167,8 @@ def test_a_saved_video_model_keeps_its_vision_tower(comfy_server, saved, class_t
     graph["save"] = node(class_type, filename_prefix=f"diffusion_models/{class_type}_video", **links)
     comfy_server.run(graph)
     (path,) = comfy_server.base.rglob(f"{class_type}_video*.safetensors")
-    found, expected = (vit_tensors(TensorFile(p)) for p in (path, CHECKPOINT / "Lance_3B_Video" / "model.safetensors"))
+    files = (path, CHECKPOINT / "Lance_3B_Video" / "model.safetensors")
+    found, expected = (plain_vit_tensors(TensorFile(file)) for file in files)
     assert has_own_vit(found.file)
     assert guess_variant(found.file) == "video"
     assert set(found) == set(expected)

@@ -11,7 +11,7 @@ import re
 
 import pytest
 from comfy_browser import open_ui
-from node_texts import FILES, LANGUAGES, ROOT, english, read, strings, write
+from node_texts import FILES, LANGUAGES, english, read, strings, write
 
 TRANSLATED = LANGUAGES[1:]
 HAN, KANA, HANGUL = "\u4e00-\u9fff", "\u3040-\u30ff", "\uac00-\ud7a3"
@@ -124,9 +124,3 @@ def test_the_web_page_shows_the_translations(comfy_server, language):
         assert shown[node]["inputs"] == wanted, node
         for value, label in zip(values["outputs"].values(), shown[node]["outputs"]):
             assert value.get("name", label) == label, node
-
-
-def test_there_are_no_settings_to_translate():
-    """A settings.json without an entry is read as none; it stands there for the day when there is one."""
-    assert not [path for path in (ROOT / "web").rglob("*.js") if "settings" in path.read_text("utf-8")]
-    assert [read(language, "settings") for language in LANGUAGES] == [{}] * len(LANGUAGES)

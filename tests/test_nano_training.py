@@ -17,9 +17,10 @@ from nano.parts import CONFIG, VISION, make_lance, make_tokenizer, make_vision
 from nano.tasks import TASKS, draw
 from nano.train import sequence_states
 
-from lance_runtime.checkpoint import TensorFile, model_tensors, vit_tensors
+from lance_runtime.checkpoint import TensorFile
 from lance_runtime.context import Context, Segment, layout
 from lance_runtime.denoise import predict_velocity
+from lance_runtime.dequantize import plain_tensors, plain_vit_tensors
 from lance_runtime.engine import Engine
 from lance_runtime.files import NANO
 from lance_runtime.model.vision import encode_vision
@@ -100,9 +101,9 @@ def test_every_first_weight_is_drawn():
 def test_sizes_fit_the_file():
     """What is trained is what ships."""
     model, vision = make_lance(), make_vision()
-    shipped = model_tensors(TensorFile(NANO / "Lance_3B" / "model.safetensors")).shapes
+    shipped = plain_tensors(TensorFile(NANO / "Lance_3B" / "model.safetensors")).shapes
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shipped
-    seen = vit_tensors(TensorFile(NANO / "Qwen2.5-VL-ViT" / "vit.safetensors")).shapes
+    seen = plain_vit_tensors(TensorFile(NANO / "Qwen2.5-VL-ViT" / "vit.safetensors")).shapes
     assert {name: tuple(p.shape) for name, p in vision.named_parameters()} == seen
     count = sum(p.numel() for net in (model, vision) for p in net.parameters())
     assert 3e6 < count < 5e6

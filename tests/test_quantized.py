@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lance_runtime import LancePipeline
 from lance_runtime.__main__ import main
-from lance_runtime.checkpoint import TensorFile, identify, pack_header
+from lance_runtime.checkpoint import TensorFile, identify, pack_json
 from lance_runtime.convert import convert
 from lance_runtime.dequantize import plain_tensors, plain_vit_tensors
 from lance_runtime.quant_error import Settings, compare
@@ -358,7 +358,7 @@ def test_a_quantised_tower_within_the_checkpoint_is_read(tmp_path, prefix, heade
         expected[layer.removeprefix("vit_model.") + ".weight"] = FORMATS["fp8"].decode(parts)
         stored |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
         if not header:
-            stored[f"{layer}.comfy_quant"] = pack_header({"format": "float8_e4m3fn"})
+            stored[f"{layer}.comfy_quant"] = pack_json({"format": "float8_e4m3fn"})
     if header:
         said = {"layers": {prefix + layer: {"format": "float8_e4m3fn"} for layer in layers}}
         metadata["_quantization_metadata"] = json.dumps(said)

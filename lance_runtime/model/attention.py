@@ -43,7 +43,7 @@ _CUDNN = _CuDNNAttention()
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Where many calls have another shape each, or few the same, attention goes without cuDNN.
+    """Leave cuDNN's attention out, where shapes change from call to call.
 
     torch prefers it on the newest cards, plans it anew for every exact shape, and keeps every plan. A host's own backend
     chooses for itself.

@@ -1,7 +1,7 @@
 """The layers that the network is made of outside ComfyUI: torch's own, two of them with a quicker way on a CPU.
 
-A token of an answer is one row: its products do little but read the weights. torch's own product of one row reads them at
-half to two thirds of the memory's rate, for want of threads in float32 and of arithmetic in bfloat16.
+A token of an answer is one row, whose products are bound by the memory that the weights are read from. torch's own reach half
+to two thirds of its rate, for want of threads in float32 and of arithmetic in bfloat16.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def rope_table(config: LanceConfig, positions: Tensor, dtype: torch.dtype) -> Ro
         frequencies = frequencies.to(torch.bfloat16).float()
     sections = torch.tensor(config.mrope_section, device=positions.device)
     axes = torch.arange(3, device=positions.device)
-    axis = axes.repeat_interleave(sections, output_size=config.head_dim // 2)  # told, since a device would have to wait
+    axis = axes.repeat_interleave(sections, output_size=config.head_dim // 2)  # or the device would be waited for
     angles = positions.float()[:, axis].transpose(1, 2) * frequencies.to(positions.device)  # (B, L, head_dim / 2)
     return Rope(angles.cos()[:, :, None].to(dtype), angles.sin()[:, :, None].to(dtype))
 
@@ -70,6 +70,6 @@ def rotary_frequencies(theta: float, width: int) -> Tensor:
 def frequencies_are_rounded(config: LanceConfig | VisionConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """For weights trained in bfloat16, whatever they are computed in; but float32 on a CPU repeats the reference in float32.
 
-    Cards without bfloat16 compute in float32 too, and their pictures are not there to be compared with a float32 run.
+    Cards without bfloat16 compute in float32 too, but nobody compares their pictures with a float32 run.
     """
     return config.bfloat16_frequencies and (dtype == torch.bfloat16 or device.type != "cpu")

@@ -26,7 +26,7 @@ UND, GEN = "", "_moe_gen"
 KINDS_OF_CALLS = 64  # for which one function may be compiled
 ROWS_AT_ONCE = 8192  # that pass an MLP: a clip's 49 000 would take 2 GB of wide ones
 
-# Of what a layer holds for a token of a short run, an MLP's wide rows; counted (tests/test_memory.py).
+# The MLP's share of what a layer holds for a token of a short run; counted (tests/test_memory.py).
 WIDE_SHARE = 0.45
 
 # Attention over what one run of tokens may see: layer index, q (B, H, L, d), k, v (B, Hkv, L, d) -> (B, L, H * d).
@@ -80,7 +80,7 @@ def _plain_rows(x: Tensor) -> Tensor:
 
 
 def held_share(tokens: int) -> float:
-    """What a layer holds for each of so many tokens, as a share of what it does for each of a few."""
+    """What a layer holds for a token of a run of this length, relative to one of a short run."""
     return 1 - WIDE_SHARE * (1 - min(1.0, ROWS_AT_ONCE / tokens))
 
 
@@ -95,7 +95,7 @@ class DecoderLayer(nn.Module):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 layer_norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
                 self.add_module(f"{norm}{expert}", layer_norm)
-        # Or compiled ones: functions of a layer, since a bound method would keep it alive in a circle.
+        # Or compiled ones. Plain functions: bound methods would make a reference cycle.
         self.before, self.after = DecoderLayer.before_attention, DecoderLayer.after_attention
 
     def forward(self, hidden: Streams, rope: Streams, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Streams:

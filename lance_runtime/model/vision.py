@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -54,20 +55,10 @@ def build_vision(
 
 
 def _settings(config: VisionConfig) -> dict[str, Any]:
-    return {
-        "attn_implementation": "sdpa",
-        "depth": config.depth,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_heads": config.num_heads,
-        "out_hidden_size": config.out_hidden_size,
-        "patch_size": config.patch_size,
-        "spatial_merge_size": config.spatial_merge_size,
-        "temporal_patch_size": config.temporal_patch_size,
-        "window_size": config.window_size,
-        "tokens_per_second": config.tokens_per_second,
-        "fullatt_block_indexes": list(config.fullatt_block_indexes),
-    }
+    """The fields of transformers' configuration, which are ours by the same names."""
+    known = asdict(config) | {"attn_implementation": "sdpa", "fullatt_block_indexes": list(config.fullatt_block_indexes)}
+    del known["bfloat16_frequencies"]
+    return known
 
 
 @without_cudnn_attention()  # borders and clips of all sizes
@@ -127,7 +118,7 @@ class RotaryAngles(nn.Module):
 
 
 class Segments:
-    """Segments by their borders, read once for all blocks of a pass: a block's own look would have a device wait."""
+    """Segments by their borders, read once a pass: reading them in every block would wait for the device each time."""
 
     def __init__(self) -> None:
         self._found: Any = WeakTensorKeyDictionary()
@@ -171,8 +162,8 @@ class SegmentAttention(nn.Module):
     ) -> Tensor:
         """(L, hidden) -> (L, hidden), by the borders ``cu_seqlens`` (S + 1) of S segments.
 
-        ``position_embeddings`` are the cosines and sines (L, head_dim). What else one transformers release or another
-        passes (``rotary_pos_emb``, ``max_seqlen``) says the same twice and is not used.
+        ``position_embeddings`` are the cosines and sines (L, head_dim). What some transformers releases pass besides
+        (``rotary_pos_emb``, ``max_seqlen``) is redundant and ignored.
         """
         if position_embeddings is None:
             raise ValueError("the vision block passed no position_embeddings.\nUse transformers 4.50.3 or later.")

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lance_runtime.checkpoint import TensorFile, model_tensors
+from lance_runtime.checkpoint import TensorFile
 from lance_runtime.components import assign, build_lance
 from lance_runtime.config import LanceConfig
+from lance_runtime.dequantize import plain_tensors
 from lance_runtime.model.transformer import Lance
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def bench_loading(bench: Bench, config: LanceConfig) -> Lance:
     def load() -> None:
         nonlocal model
         model = build_lance(config)
-        assign(model, model_tensors(TensorFile(path)), bench.dtype, bench.device)
+        assign(model, plain_tensors(TensorFile(path)), bench.dtype, bench.device)
         for parameter in model.parameters():
             if parameter.device.type == "cpu":
                 parameter.view(-1).view(torch.uint8)[::4096].sum()
