@@ -102,12 +102,17 @@ class LanceNativeEmptyLatent(io.ComfyNode):
     ) -> io.NodeOutput:
         sizes = LANCE_3B if model is None else check_model(model).sizes
         width, height = SIZES.get(size, (width, height))
-        frames = frames_for(frames, seconds)
+        asked, fitting = frames, frames_for(frames, seconds)
+        frames = fitting
         if sizes != LANCE_3B and size != CUSTOM:
             height, width = sizes.image if frames == 1 else sizes.video
             frames = min(frames, sizes.most_frames)
         shape = PixelShape(frames, height, width)
         note = described(shape, sizes, batch_size)
+        if frames != fitting:
+            note += f"\n{fitting} frames were asked for; this model makes {frames} at most."
+        elif seconds == 0 and frames != asked:
+            note += f"\n{asked} frames were asked for; videos have 4k+1."
         say(node_of(cls), note)
         return io.NodeOutput(empty_latent(shape.latent(), batch_size), width, height, shape.frames, ui={"text": [note]})
 
@@ -201,8 +206,8 @@ class LanceNativeVideoStart(io.ComfyNode):
         start = _with_given(latent, given)
         if not start["noise_mask"].any():
             raise ValueError(
-                f"All {grid.frames} latent frames of the video are given: 0 are left to draw.\n"
-                f"Make it longer than {TEMPORAL_STRIDE * (grid.frames - 1) + 1} frames in Empty Lance Latent."
+                f"{grid.frames} of {grid.frames} latent frames are given: 0 are left to draw.\n"
+                f"Make the video longer in Empty Lance Latent: {TEMPORAL_STRIDE * grid.frames + 1} frames or more."
             )
         return io.NodeOutput(start)
 

@@ -29,7 +29,7 @@ from ..lance_runtime.reuse import PrefixCache
 from ..lance_runtime.tokenizer import LanceTokenizer
 from ..lance_runtime.types import LatentShape, TrainedSizes
 from .attention import comfy_attention
-from .pictures import check_channels
+from .pictures import check_axes, check_channels
 from .progress import with_prefill_progress
 from .recipe import CONDITIONING_KEY, Recipe
 
@@ -230,6 +230,7 @@ class LanceModel(comfy.model_base.BaseModel):
             )
         prefix = Prefix(Recipe.of(kwargs.get(CONDITIONING_KEY), kwargs.get("cross_attn")), self.tokenizer)
         if not self.prefixes and "noise" in kwargs:  # the first of a run
+            check_axes(kwargs["noise"])
             self._check_variant(frames=kwargs["noise"].shape[2])
         self.prefixes.append(prefix)
         conds: dict[str, comfy.conds.CONDRegular] = {"prefix": CONDPrefix(prefix)}

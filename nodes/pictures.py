@@ -106,7 +106,16 @@ def grid_of(latent: dict[str, Any]) -> LatentShape:
     return LatentShape(*samples.shape[2:]) if samples.ndim == 5 else LatentShape(1, *samples.shape[2:])
 
 
+def check_axes(samples: Tensor) -> None:
+    if samples.ndim not in (4, 5):
+        raise ValueError(
+            f"These latents have {samples.ndim} axes (sound?); Lance's have 5 (batch, channels, frames, rows, columns).\n"
+            "Begin with Empty Lance Latent, or encode a picture or video with the VAE of Load Lance."
+        )
+
+
 def check_channels(samples: Tensor) -> None:
+    check_axes(samples)
     if samples.shape[1] != FORMAT.latent_channels:
         raise ValueError(
             f"These latents have {samples.shape[1]} channels; Lance's have {FORMAT.latent_channels}.\n"

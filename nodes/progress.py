@@ -25,25 +25,31 @@ def with_prefill_progress(engine: Engine, layout: Layout, done: int = 0) -> Engi
     return replace(engine, layer_hook=advance)
 
 
-def narrated(callback: Callable[..., None], node: str | None, tokens: int, guided: Sequence[bool]) -> Callable[..., None]:
+class Narrated:
     """A sampler's callback that also writes into the node which step is done, how long one takes, and what it runs.
 
-    tokens: of the context that is read first. guided: for each step, whether guidance acts in it.
+    tokens: of the context that is read first. guided: for each step, whether guidance acts in it. ``text``: the last line.
     """
-    total, marks = len(guided), [time.perf_counter()]
-    say(node, f"reading {tokens} tokens, then {total} steps")
 
-    def called(step: int, *rest: Any) -> None:
-        callback(step, *rest)
-        marks.append(time.perf_counter())
+    def __init__(self, callback: Callable[..., None], node: str | None, tokens: int, guided: Sequence[bool]) -> None:
+        self.callback, self.node, self.guided, self.marks = callback, node, guided, [time.perf_counter()]
+        self._say(f"reading {tokens} tokens, then {len(guided)} steps")
+
+    def __call__(self, step: int, *rest: Any) -> None:
+        self.callback(step, *rest)
+        self.marks.append(time.perf_counter())
+        marks, total = self.marks, len(self.guided)
         # The first step reads the context too; from the second on a step is just a step.
         seconds = marks[-1] - marks[-2] if len(marks) == 2 else (marks[-1] - marks[1]) / (len(marks) - 2)
         if step + 1 < total:
-            say(node, f"step {step + 1} of {total}, {seconds:.2g} s a step, guidance {'on' if guided[step] else 'off'}")
+            guidance = "on" if self.guided[step] else "off"
+            self._say(f"step {step + 1} of {total}, {seconds:.2g} s a step, guidance {guidance}")
         else:
-            say(node, f"{total} steps, {seconds:.2g} s each, guidance in {sum(guided)}")
+            self._say(f"{total} steps, {seconds:.2g} s each, guidance in {sum(self.guided)}")
 
-    return called
+    def _say(self, text: str) -> None:
+        self.text = text
+        say(self.node, text)
 
 
 def node_of(cls: Any) -> str | None:

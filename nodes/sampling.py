@@ -17,7 +17,8 @@ from ..lance_runtime.types import LatentShape
 from .conditioning import conditionings
 from .guidance import patched
 from .model import check_model
-from .progress import narrated, node_of
+from .pictures import check_axes
+from .progress import Narrated, node_of
 from .recipe import CONDITIONING_KEY
 from .schema import CATEGORY, LanceContext, io
 
@@ -88,6 +89,7 @@ class LanceNativeGuidance(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, interval_start: float, interval_end: float, renorm: str, renorm_min: float) -> io.NodeOutput:
         guidance = Guidance(interval=(interval_start, interval_end), renorm=renorm, renorm_min=renorm_min)
+        check_model(model)
         return io.NodeOutput(patched(model, guidance))
 
     @classmethod
@@ -192,6 +194,7 @@ class LanceNoise:
 
     def generate_noise(self, input_latent: dict) -> Tensor:
         samples = input_latent["samples"]
+        check_axes(samples)
         frames = samples.shape[2:-2] or (1,)  # latents of pictures have none
         channels, grid = samples.shape[1], LatentShape(*frames, *samples.shape[-2:])
         indices = input_latent.get("batch_index", range(samples.shape[0]))
@@ -284,8 +287,9 @@ class LanceNativeSampler(io.ComfyNode):
         callback = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
         if len(sigmas) > 1:
             guided = [cfg != 1 and chosen.within(sigma) for sigma in sigmas[:-1]]
-            callback = narrated(callback, node_of(cls), positive[0][1][CONDITIONING_KEY].length, guided)
-        return io.NodeOutput(sample(guider, latent, LanceNoise(seed, context), sigmas, callback))
+            callback = Narrated(callback, node_of(cls), positive[0][1][CONDITIONING_KEY].length, guided)
+        drawn = sample(guider, latent, LanceNoise(seed, context), sigmas, callback)
+        return io.NodeOutput(drawn, ui={"text": [callback.text]} if isinstance(callback, Narrated) else None)
 
     @classmethod
     def validate_inputs(cls, interval_start: float | None, interval_end: float | None) -> bool | str:

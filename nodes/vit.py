@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import comfy.model_management
@@ -16,7 +17,7 @@ from ..lance_runtime.components import assign
 from ..lance_runtime.config import VisionConfig
 from ..lance_runtime.context import Segment
 from ..lance_runtime.dequantize import plain_vit_tensors
-from ..lance_runtime.files import VIT_FOLDER, VIT_NAME, read_vision_config, whole_files
+from ..lance_runtime.files import NANO, VIT_FOLDER, VIT_NAME, read_config, read_vision_config, whole_files
 from ..lance_runtime.model.vision import build_vision, encode_vision
 from ..lance_runtime.preprocess import vit_patches
 from ..lance_runtime.reuse import VisionTokenCache
@@ -26,6 +27,7 @@ from .model_files import model_path
 
 AUTO = "auto"
 FOLDER = "text_encoders"
+OUTPUT = "merger.mlp.2.weight"  # as many rows as the model is wide
 
 
 class WholePatcher(comfy.model_patcher.ModelPatcher):
@@ -59,7 +61,8 @@ class _Tower(nn.Module):
 class VisionTower:
     """Finds, loads and runs the ViT when the first picture is to be read.
 
-    name: a file of models/text_encoders; "auto" is the checkpoint's own, that of its tree, or the first found there.
+    name: a file of models/text_encoders; "auto" is the checkpoint's own, that of its tree, or the first
+    there that is as wide as the model; Nano's is built in.
     """
 
     def __init__(self, model_path: str, name: str, dtype: torch.dtype) -> None:
@@ -107,12 +110,16 @@ class VisionTower:
         if self.name != AUTO:
             return TensorFile(model_path(FOLDER, self.name))
         model = TensorFile(self.model_path)
-        beside = model.path.parent.parent / VIT_FOLDER / VIT_NAME
-        found = model if has_own_vit(model) else TensorFile(beside) if beside.is_file() else next(_towers(), None)
+        if has_own_vit(model):
+            return model
+        width, beside = read_config(model).hidden_size, model.path.parent.parent / VIT_FOLDER / VIT_NAME
+        known = chain([TensorFile(beside)] if beside.is_file() else [], _towers(), [TensorFile(NANO / VIT_FOLDER / VIT_NAME)])
+        found = next((file for file in known if plain_vit_tensors(file).shapes.get(OUTPUT, (0,))[0] == width), None)
         if found is None:
             raise FileNotFoundError(
                 f"Lance needs its vision tower to read pictures: 0 of {len(folder_paths.get_filename_list(FOLDER))} files in "
-                f"models/{FOLDER} hold one.\nPut Qwen2.5-VL-ViT/vit.safetensors of bytedance-research/Lance there."
+                f"models/{FOLDER} hold one that is {width} wide.\n"
+                "Put Qwen2.5-VL-ViT/vit.safetensors of bytedance-research/Lance there."
             )
         return found
 

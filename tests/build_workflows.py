@@ -31,6 +31,7 @@ URLS = {
     "wan2.2_vae.safetensors": (WAN, "vae"),  # not the hub's .pth: Desktop downloads safetensors alone
 }
 VERSION = "0.1.0"
+NUMBERS_EACH = 100  # for the nodes of a template
 GAP, TOP, ROW_GAP, NOTE_HEIGHT = 40, 80, 50, 120
 # Sizes of their own, [width, height]: texts need room, and no node shall be wider than its longest label.
 SIZES = {
@@ -188,7 +189,31 @@ def blueprint(page: Any, workflow: Workflow) -> dict[str, Any]:
             slot.update({"link": None} if "link" in slot else {"links": []})
     for node in graph["definitions"]["subgraphs"][0]["nodes"]:
         _describe(node)
-    return {**graph, "extra": {}}
+    return numbered({**graph, "extra": {}}, workflow)
+
+
+def numbered(graph: dict[str, Any], workflow: Workflow) -> dict[str, Any]:
+    """The same graph with numbers for nodes that no other template has.
+
+    What comes for a node while it runs, the page writes into the node of that number in whatever workflow is on screen.
+    """
+    inner = graph.get("definitions", {}).get("subgraphs", [])
+    nodes = [node for part in (graph, *inner) for node in part["nodes"]]
+    first = NUMBERS_EACH * (1 + WORKFLOWS.index(workflow))
+    ids = {node["id"]: number for number, node in enumerate(nodes, first)}
+    texts = {str(one): str(number) for one, number in ids.items()}
+    for node in nodes:
+        node["id"] = ids[node["id"]]
+        if shown := node["properties"].get("proxyWidgets"):
+            node["properties"]["proxyWidgets"] = [[texts[one], *rest] for one, *rest in shown]
+    for link in graph["links"]:
+        link[1], link[3] = ids[link[1]], ids[link[3]]
+    for link in (link for part in inner for link in part["links"]):
+        link.update({end: ids.get(link[end], link[end]) for end in ("origin_id", "target_id")})
+    graph["last_node_id"] = max(ids.values())
+    for part in inner:
+        part["state"]["lastNodeId"] = graph["last_node_id"]
+    return graph
 
 
 def arranged(page: Any, workflow: Workflow) -> dict[str, Any]:
@@ -209,7 +234,7 @@ def ui_format(page: Any, workflow: Workflow) -> dict[str, Any]:
         _describe(node)
     graph["extra"] = {}
     graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"lance-native/{workflow.slug}"))
-    return graph
+    return numbered(graph, workflow)
 
 
 def _describe(node: dict[str, Any]) -> None:

@@ -43,6 +43,9 @@ def shown(**nodes):
     return {"load": loader(), "picture": node("LoadImage", image="wide.png"), **nodes}
 
 
+SOUND = node("EmptyLatentAudio", seconds=1.0, batch_size=1)
+
+
 def sampler(**changes):
     settings = {"prompt": "a hat", "negative_prompt": "", "seed": 1, "steps": 1, "cfg": 4.0, "shift": 3.5, "denoise": 1.0}
     guidance = {"interval_start": 0.4, "interval_end": 1.0, "renorm": "global", "renorm_min": 0.0, "uncond_positions": "cached"}
@@ -216,6 +219,23 @@ FAILING = {
         "MODEL of Load Lance",
     ),
     "latents of 4 channels": (foreign_start("taesd"), "4 channels", "48", "Empty Lance Latent"),
+    "latents of sound": (drawn(latent_image=["sound", 0], sound=SOUND), "3 axes", "5", "Empty Lance Latent"),
+    "latents of sound in Lance Sampler": (
+        drawn(sample=sampler(latent=["sound", 0]), sound=SOUND),
+        "3 axes",
+        "5",
+        "Empty Lance Latent",
+    ),
+    "other MODEL in Lance Guidance": (
+        drawn(
+            model={
+                "other": node("UNETLoader", unet_name="wan21.safetensors", weight_dtype="default"),
+                "model": guidance()["model"] | {"inputs": guidance()["model"]["inputs"] | {"model": ["other", 0]}},
+            }
+        ),
+        "not Lance's",
+        "MODEL of Load Lance",
+    ),
     "latents of Wan 2.1": (foreign_start("wan21.safetensors"), "16 channels", "48", "Empty Lance Latent"),
     "latents of 4 channels in a context": (
         shown(**foreign_latents("taesd"), look=context("subject", ["code", 0]), show=preview(["look", 0])),

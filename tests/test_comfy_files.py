@@ -17,6 +17,7 @@ from hub_server import serve
 from safetensors.torch import load_file, save_file
 from single_files import write_model, write_vae, write_vit
 from test_workflows import small
+from workflow_nodes import NANO
 
 from lance_runtime.download import Hub, download, make_plan
 
@@ -101,6 +102,12 @@ def test_combos_list_all_of_them(server):
     assert found["vit_name"][:2] == ["auto", "qwen2.5_vl_vit.safetensors"]
     assert {"Qwen2.5-VL-ViT/vit.safetensors", "eyes.safetensors"} < set(found["vit_name"])
     assert found["vae_name"][0] == "wan2.2_vae.safetensors"
+    # A new node begins with the first: what looks like Lance, then Nano, then the others; of VAEs Nano's is the last.
+    likely = ["lance" in name.lower() for name in found["model_name"]]
+    assert likely == sorted(likely, reverse=True)
+    assert NANO in found["model_name"]
+    assert found["vae_name"][-1] == NANO
+    assert found["vae_name"].index("Wan2.2_VAE.pth") < found["vae_name"].index("48.safetensors")
     assert {"Wan2.2_VAE.pth", "Lance/Wan2.2_VAE.pth", "48.safetensors"} < set(found["vae_name"])
 
 
@@ -136,8 +143,7 @@ def test_a_file_of_the_flat_name_wins(tmp_path):
     models["vae/Wan2.2_VAE.pth"] = CHECKPOINT / "Wan2.2_VAE.pth"
     models["diffusion_models/Lance_3B.safetensors"] = CHECKPOINT.parent / "cases.json"  # no checkpoint at all
     with ComfyServer(models) as running:
-        nano = "Lance Nano (built in)"  # always the last
-        assert options(running)["model_name"] == ["Lance_3B.safetensors", "Lance_3B/model.safetensors", nano]
+        assert options(running)["model_name"] == ["Lance_3B.safetensors", "Lance_3B/model.safetensors", NANO]
         graph = text_to_image(steps=1)
         graph["load"]["inputs"].update(model_name="Lance_3B.safetensors", vae_name="wan2.2_vae.safetensors")
         assert running.run(graph, check=False).error["exception_message"].startswith("Lance_3B.safetensors (")

@@ -232,6 +232,22 @@ def test_previews_have_the_colours_of_the_picture(server):
     assert apart.mean() < 30  # with Wan 2.2's factors it is 94
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"frames": 17}, "17 frames were asked for; this model makes 9 at most."),
+        ({"size": "custom", "width": 32, "height": 32, "frames": 8}, "8 frames were asked for; videos have 4k+1."),
+        ({"frames": 9}, None),
+    ],
+)
+def test_other_frames_than_were_asked_for_are_said(server, changes, said):
+    size = empty()
+    size["inputs"].update(changes)
+    result = server.run({"load": load(), "empty": size, "show": node("PreviewAny", source=["empty", 3])})
+    (text,) = result.outputs["empty"]["text"]
+    assert (text.split("\n")[1:] or [None]) == [said]
+
+
 @gated(DRAWS)
 def test_a_saved_model_draws_the_same_thing(server):
     save = {"save": node("ModelSave", model=["load", 0], filename_prefix="diffusion_models/nano")}
@@ -247,7 +263,13 @@ def test_a_saved_model_draws_the_same_thing(server):
         weight_type="default",
     )
     graph["sample"]["inputs"].update(model=["saved", 0], clip=["saved", 1])
-    assert same_scene(seen(pictures(server, graph)[0]), BIG_STAR)
+    picture = pictures(server, graph)[0]
+    assert same_scene(seen(picture), BIG_STAR)
+    # And pictures: of the towers that there are, it takes the one that is as wide.
+    asked = {"clip": ["saved", 1], "question": "What shape is it?", "images.image_0": ["decode", 0]}
+    settings = {"resolution": "auto", "max_length": 8, "temperature": 0.0, "top_p": 1.0, "seed": 1}
+    graph |= {"ask": node("LanceNativeAsk", **asked, **settings), "show": node("PreviewAny", source=["ask", 0])}
+    assert server.run(graph).outputs["show"]["text"] == ["star"]
 
 
 @gated(DRAWS)

@@ -27,12 +27,12 @@ def test_a_second_start_keeps_the_frames_of_the_first():
     assert found["batch"] == [[2], [4, 5]]
     assert found["continued"] == [0, 0, 1]  # however many frames there are
     assert found["refused"] == [
-        "All 1 latent frames of the video are given: 0 are left to draw.",
+        "1 of 1 latent frames are given: 0 are left to draw.",
         "'middle' would take latent frame 0 of 2, which another input gives.",
-        "All 2 latent frames of the video are given: 0 are left to draw.",
-        "All 1 latent frames of the video are given: 0 are left to draw.",
+        "2 of 2 latent frames are given: 0 are left to draw.",
+        "1 of 1 latent frames are given: 0 are left to draw.",
         "'first' would take latent frame 0 of 3, which another input gives.",
-        "All 2 latent frames of the video are given: 0 are left to draw.",
+        "2 of 2 latent frames are given: 0 are left to draw.",
     ]
     assert found["new first"] == 0
     assert found["a mask of another kind"] == [[1, 1, 1, 0, 0, 0], 0]

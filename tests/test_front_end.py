@@ -168,6 +168,9 @@ def test_size_and_steps_are_written_into_their_nodes(opened):
     assert re.fullmatch(r"reading \d+ tokens, then 12 steps", first)
     assert [text.split(",")[0] for text in others] == [*(f"step {step} of 12" for step in range(1, 12)), "12 steps"]
     assert others[0].endswith("guidance on")
+    for command in ("Comfy.NewBlankWorkflow", "Workspace.PreviousOpenedWorkflow"):
+        page.evaluate("(command) => app.extensionManager.command.execute(command)", command)
+    page.wait_for_function(f"(text) => ({STANDING})().LanceNativeSampler === text", arg=steps[-1], timeout=10_000)
 
 
 def test_both_prompts_are_written_into_the_node(opened):

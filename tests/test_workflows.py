@@ -46,6 +46,13 @@ def test_twin_is_the_definition(workflow):
     assert twin(workflow) == workflow.graph
 
 
+def test_no_two_templates_share_a_node():
+    """The page writes what comes for a node into the node of that number in whatever workflow is on screen."""
+    ids = [node["id"] for name in NAMES for node in template(name)["nodes"]]
+    assert all(isinstance(one, int) for one in ids)
+    assert len(set(ids)) == len(ids)
+
+
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=NAMES)
 def test_template_holds_the_nodes_of_its_twin(workflow):
     types = sorted(node["type"] for node in template(workflow.name)["nodes"] if node["type"] != "MarkdownNote")
