@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -122,14 +123,11 @@ def read_tokenizer(file: TensorFile, bundled: Path | None = None) -> LanceTokeni
     """
     if found := LanceTokenizer.from_metadata(file.metadata):
         return found
-    try:
-        return LanceTokenizer.from_folder(file.path.parent)
-    except FileNotFoundError:
-        around = (parent / COMFYUI_TOKENIZER for parent in file.path.absolute().parents)
-        places = (file.path.with_suffix(""), *around, *([bundled] if bundled else []))
-        if (folder := next((place for place in places if place.is_dir()), None)) is None:
-            raise
-        return LanceTokenizer.from_folder(folder)
+    around = (parent / COMFYUI_TOKENIZER for parent in file.path.absolute().parents)
+    for folder in (file.path.parent, file.path.with_suffix(""), *around, *([bundled] if bundled else [])):
+        with suppress(FileNotFoundError):
+            return LanceTokenizer.from_folder(folder)
+    return LanceTokenizer.from_folder(file.path.parent)  # which says what is missing
 
 
 def header_of(file: TensorFile, folder: Path | None = None) -> dict[str, str]:

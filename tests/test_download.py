@@ -121,7 +121,7 @@ def test_complete_files_are_checked_and_not_fetched_again(hub, models):
     said = fetch(hub, models)
     assert hub.sent == []
     assert any(line.startswith("0 bytes to fetch") for line in said)
-    assert f"checking {MODEL}" in said
+    assert {f"checking {MODEL}", f"checking {VIT}", f"checking {VAE}"} < set(said)
     fetch(hub, models, "all")  # the video checkpoint joins the rest
     assert {sent.name.split("/")[0] for sent in hub.sent} == {"Lance_3B_Video"}
 
@@ -149,6 +149,17 @@ def test_what_the_page_saved_is_not_fetched_again(hub, models, tree, tmp_path):
         sources = find_sources(models, variant)
         assert sources.model.path == models / "diffusion_models" / f"{VARIANT_FOLDERS[variant]}.safetensors"
         assert sources.tokenizer.encode("a fox") == find_sources(tree, variant).tokenizer.encode("a fox")
+
+
+def test_a_folder_of_that_name_need_not_hold_a_tokenizer(models, tree, tmp_path):
+    save_as_the_page_does(tree, models)
+    shutil.copy(tree / VAE, models / VAE)
+    (models / "diffusion_models" / "Lance_3B").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"not found in .*diffusion_models \(nor"):
+        find_sources(models, "image")
+    around = tmp_path / "comfy" / "text_encoders" / "qwen25_tokenizer"
+    shutil.copytree(tree / "Lance_3B", around, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert len(find_sources(models, "image").tokenizer) == len(find_sources(tree, "image").tokenizer)
 
 
 def test_what_the_page_saved_damaged_is_named(hub, models, tree):

@@ -169,6 +169,7 @@ def test_size_and_steps_are_written_into_their_nodes(opened):
     assert [text.split(",")[0] for text in others] == [*(f"step {step} of 12" for step in range(1, 12)), "12 steps"]
     assert others[0].endswith("guidance on")
 
+
 def test_both_prompts_are_written_into_the_node(opened):
     page, seed = opened
     graph = {**load(), "enhance": enhance(f"a fox in the snow {seed}")}
